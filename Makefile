@@ -1,0 +1,80 @@
+# Every target makes .venv first where it is missing or older than requirements.lock.
+#   ACCELERATOR=cpu|tpu|cuda13  which jax to install (default cpu); the lock holds cpu
+#   ARGS="..."                  arguments for the experiment or for pytest
+#   WORKERS=2                   pytest processes
+#   UV=uv                       a uv that is not a module of python3
+
+ACCELERATOR ?= cpu
+WORKERS ?= 2
+UV ?= python3 -m uv
+
+ifneq ($(words $(filter $(ACCELERATOR),cpu tpu cuda13)),1)
+$(error ACCELERATOR=$(ACCELERATOR) is unknown: choose cpu, tpu or cuda13)
+endif
+
+PYTHON := .venv/bin/python
+STAMP := .venv/.stamp-$(ACCELERATOR)
+JAX_PIN = $(shell sed -n 's/^jax==\([^ ;]*\).*/\1/p' requirements.lock)
+PYTEST := $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: help setup demo test test-all lint lint-check lock golden golden-env clean uv
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: $(STAMP) ## make .venv and install everything
+
+# One stamp at a time: installing for another accelerator starts from the lock again.
+$(STAMP): requirements.lock pyproject.toml kernels/pyproject.toml
+	@$(MAKE) --no-print-directory uv
+	@test -x $(PYTHON) || $(UV) venv --quiet --python 3.12 .venv
+	@rm -f .venv/.stamp-*
+	@$(UV) pip sync --quiet --python .venv --require-hashes requirements.lock
+	@$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation -e kernels -e .
+ifneq ($(ACCELERATOR),cpu)
+	@$(UV) pip install --quiet --python .venv -c requirements.lock "jax[$(ACCELERATOR)]==$(JAX_PIN)"
+endif
+	@touch $@
+
+uv:
+	@$(UV) --version >/dev/null 2>&1 || python3 -m pip install -qq uv
+
+demo: $(STAMP) ## train small models of several architectures and compare them
+	@$(PYTHON) experiments/ablate_architectures.py $(ARGS)
+
+test: $(STAMP) ## run the tests that are not slow
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) golden-env ## run all tests
+	@$(PYTEST) $(ARGS)
+
+lint: $(STAMP) ## format, mend what ruff can mend, check types
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m mypy
+
+lint-check: $(STAMP) ## the same checks, changing nothing
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy
+
+lock: uv ## make requirements.lock again, newest versions with ARGS=--upgrade
+	@UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet --universal --python-version 3.12 \
+		--generate-hashes --no-annotate --extra dev --no-emit-package slm-kernels \
+		pyproject.toml kernels/pyproject.toml -o requirements.lock $(ARGS)
+
+golden-env: .golden-env/.stamp ## make the environment that writes the golden files
+
+# Python 3.11 and plain pip: torch and transformers are only here, as the other opinion.
+.golden-env/.stamp: tests/golden/requirements.txt
+	@$(MAKE) --no-print-directory uv
+	@test -x .golden-env/bin/python || $(UV) venv --quiet --seed --python 3.11 .golden-env
+	@.golden-env/bin/python -m pip install -qq -r tests/golden/requirements.txt
+	@touch $@
+
+golden: golden-env ## write the golden files again
+	@.golden-env/bin/python tests/golden/write.py $(ARGS)
+
+clean: ## remove environments, caches and builds
+	rm -rf .venv .golden-env .cache .hypothesis dist kernels/dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,76 @@
+"""Grouped-query attention with masks by position and document."""
+
+import jax
+
+from slm_kernels.attention.reference import attention_reference
+from slm_kernels.attention.xla import attention_xla
+from slm_kernels.dispatch import pick
+
+IMPLEMENTATIONS = {"reference": attention_reference, "xla": attention_xla}
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Softmax attention of `n_heads` query heads over `n_kv_heads` key/value heads.
+
+    A query sees a key if the key's position is not negative, both are in the same segment, and,
+    when causal, the key's position is not larger; with a window w, also if the query is at most
+    w - 1 positions ahead. A row that sees nothing returns zeros.
+
+    Args:
+        q: `[B, S, n_heads, head_dim]`.
+        k: `[B, T, n_kv_heads, head_dim]`.
+        v: `[B, T, n_kv_heads, head_dim]`.
+        q_positions: `[B or 1, S]` int32, position of each query in its document.
+        kv_positions: `[B or 1, T]` int32; -1 marks an empty cache slot.
+        q_segments: `[B, S]` int32 document ids, or `None` for one document a row.
+        kv_segments: `[B, T]`, given exactly if `q_segments` is.
+        causal: hide later positions.
+        window: width of the sliding window, or `None`.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2), or `None`.
+        scale: multiplies the scores; default head_dim^-1/2.
+        implementation: `"reference"`, `"xla"`, or `None` for the best available.
+
+    Returns:
+        `[B, S, n_heads, head_dim]` in the dtype of `q`; softmax in float32.
+
+    Raises:
+        ValueError: on shapes that do not fit or an unknown implementation.
+    """
+    n_heads, n_kv_heads = q.shape[2], k.shape[2]
+    if n_heads % n_kv_heads:
+        raise ValueError(f"n_heads={n_heads} is not a multiple of n_kv_heads={n_kv_heads}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q{q.shape}, k{k.shape}, v{v.shape}: batch and head_dim must agree")
+    if (q_segments is None) != (kv_segments is None):
+        raise ValueError("q_segments and kv_segments are given together or not at all")
+    run = pick("attention", implementation, IMPLEMENTATIONS, default="xla")
+    return run(
+        q,
+        k,
+        v,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+    )
+
+
+__all__ = ["IMPLEMENTATIONS", "attention"]

@@ -1,0 +1,67 @@
+"""Selective scan (Mamba-1) and the causal depthwise convolution before it."""
+
+import jax
+
+from slm_kernels.dispatch import pick
+from slm_kernels.scan.conv import causal_conv1d
+from slm_kernels.scan.reference import selective_scan_reference
+from slm_kernels.scan.xla import selective_scan_xla
+
+IMPLEMENTATIONS = {"reference": selective_scan_reference, "xla": selective_scan_xla}
+
+
+def selective_scan(
+    u: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array,
+    *,
+    reset: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """h_t = exp(dt_t a) h_{t-1} + dt_t b_t u_t;  y_t = c_t h_t + d u_t  (arXiv 2312.00752, eq. 2).
+
+    Zero-order hold for a, Euler for b, as the reference implementation does. State and decays are
+    float32 whatever the inputs are.
+
+    Args:
+        u: `[B, L, D]` inputs.
+        dt: `[B, L, D]` step sizes, after softplus.
+        a: `[D, N]` negative decay rates.
+        b: `[B, L, N]` input projections.
+        c: `[B, L, N]` output projections.
+        d: `[D]` skip.
+        reset: `[B, L]` bool, true where a document begins: the state before it is dropped.
+        initial_state: `[B, D, N]` float32, zeros by default; kept only if the first token does
+            not reset.
+        implementation: `"reference"`, `"xla"`, or `None` for the best available.
+
+    Returns:
+        `y` `[B, L, D]` in the dtype of `u`, and the last state `[B, D, N]` float32. Gradients
+        flow to every argument and from the last state.
+
+    Raises:
+        ValueError: on shapes that do not fit or an unknown implementation.
+    """
+    batch, length, width = u.shape
+    n = a.shape[1]
+    want = {
+        "dt": (dt, (batch, length, width)),
+        "a": (a, (width, n)),
+        "b": (b, (batch, length, n)),
+        "c": (c, (batch, length, n)),
+        "d": (d, (width,)),
+        "reset": (reset, (batch, length)),
+        "initial_state": (initial_state, (batch, width, n)),
+    }
+    for name, (array, shape) in want.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name}{array.shape}: want {shape} to go with u{u.shape}")
+    run = pick("selective_scan", implementation, IMPLEMENTATIONS, default="xla")
+    return run(u, dt, a, b, c, d, reset=reset, initial_state=initial_state)
+
+
+__all__ = ["IMPLEMENTATIONS", "causal_conv1d", "selective_scan"]

@@ -1,0 +1,1 @@
+"""Whole models, their presets, FLOPs and Hugging Face weight maps."""

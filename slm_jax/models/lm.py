@@ -1,0 +1,263 @@
+"""Causal language model from a repeating pattern of layers."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from slm_jax.errors import UserError
+from slm_jax.nn.block import Block, LayerConfig
+from slm_jax.nn.linear import Embedding, Linear
+from slm_jax.nn.norm import Norm, NormConfig
+
+State = dict[str, tuple[Any, ...]]
+
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """A causal language model. Layer i is `pattern[i % len(pattern)]`."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+    d_model: int
+    """Width of the residual stream."""
+    n_layers: int
+    """Layers in all; need not be a multiple of the pattern's length."""
+    pattern: tuple[LayerConfig, ...]
+    """The repeating period of layers."""
+    norm: NormConfig = NormConfig()
+    """Normalisation of the blocks and before the head."""
+    tie_embeddings: bool = True
+    """The head is the embedding, transposed."""
+    head_bias: bool = False
+    """Bias of an untied head (Phi-3.5-MoE)."""
+    embedding_scale: float | None = None
+    """Multiplies the embeddings (Gemma: sqrt(d_model))."""
+    final_softcap: float | None = None
+    """Logits are squashed to +-softcap (Gemma 2)."""
+    max_seq_len: int = 2048
+    """Context the model is meant for; sizes caches and default batches."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; weights are float32 masters."""
+    residual_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the residual stream; `None` is the compute dtype (Mamba keeps float32)."""
+    init_std: float = 0.02
+    """Standard deviation of embedding and head; hidden matrices use 1/sqrt(fan-in)."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass recomputes: nothing, every layer, or all but matrix products."""
+    scan_unroll: int = 1
+    """Periods unrolled in the layer loop: more is faster on CPU and slower to compile."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "max_seq_len", "scan_unroll"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.pattern:
+            raise UserError("pattern=() is empty: give at least one LayerConfig")
+        if self.head_bias and self.tie_embeddings:
+            raise UserError("head_bias=True needs tie_embeddings=False: a tied head has no bias")
+
+    def layer(self, i: int) -> LayerConfig:
+        """The configuration of layer `i`."""
+        return self.pattern[i % len(self.pattern)]
+
+
+class LM(nnx.Module):
+    """Causal language model: a pytree of weights and pure functions of it.
+
+    Layers are stacked by position in the pattern and run by `lax.scan`; what a last incomplete
+    period holds is run after it.
+
+    Attributes:
+        config: the configuration.
+        embed: token embedding.
+        blocks: one stacked `Block` a position of the pattern, leading axis = periods.
+        tail: layers of the last incomplete period, unstacked.
+        final_norm: before the head.
+        head: `Linear`, or `None` when tied.
+    """
+
+    def __init__(self, config: LMConfig, key: jax.Array) -> None:
+        """Initialises all weights from `key` (a typed PRNG key); traceable and `eval_shape`-able."""
+        k_embed, k_blocks, k_tail, k_head = jax.random.split(key, 4)
+        period = len(config.pattern)
+        repeats, rest = divmod(config.n_layers, period)
+
+        def block(layer: LayerConfig, key: jax.Array) -> Block:
+            scale = (2 * config.n_layers) ** -0.5
+            return Block(layer, config.d_model, config.norm, key=key, residual_scale=scale)
+
+        self.config = config
+        self.embed = Embedding(
+            config.vocab_size, config.d_model, key=k_embed, std=config.init_std
+        )
+        keys = jax.random.split(k_blocks, (period, max(repeats, 1)))
+        self.blocks = nnx.List(
+            [
+                jax.vmap(lambda k, layer=layer: block(layer, k))(keys[i])
+                for i, layer in enumerate(config.pattern)
+                if repeats
+            ]
+        )
+        tail_keys = jax.random.split(k_tail, max(rest, 1))
+        self.tail = nnx.List([block(config.layer(i), tail_keys[i]) for i in range(rest)])
+        self.final_norm = Norm(config.norm, config.d_model)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear(
+                "embed -> vocab",
+                {"embed": config.d_model, "vocab": config.vocab_size},
+                key=k_head,
+                bias=config.head_bias,
+                std=config.init_std,
+            )
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        state: State | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array], State | None]:
+        """Logits of the next token: `[B, S, vocab]` float32, aux terms, and the new state.
+
+        Arguments as in `hidden`.
+        """
+        x, aux, state = self.hidden(
+            tokens, positions=positions, segments=segments, state=state, key=key
+        )
+        return self.logits(x), aux, state
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        state: State | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array], State | None]:
+        """Runs the layers.
+
+        Args:
+            tokens: `[B, S]` int32.
+            positions: `[B, S]` int32, restarting at 0 in every document. By default counted from
+                `segments`, or 0..S-1; must be given together with `state`.
+            segments: `[B, S]` int32, 0 = padding, >= 1 = document; `None` = one document a row.
+            state: from `init_state` or an earlier call: prefill or step from there.
+            key: PRNG key for training noise (sparsemixer), or `None`.
+
+        Returns:
+            `[B, S, d_model]` after the final norm; aux terms stacked over the MoE layers
+            (`moe_*` of `slm_jax.nn.moe.MoE`, empty for a dense model); the new state.
+
+        Raises:
+            UserError: if `state` comes without `positions`.
+        """
+        config = self.config
+        if positions is None:
+            if state is not None:
+                raise UserError("positions=None with a state: say where these tokens stand")
+            positions = default_positions(tokens.shape[1], segments)
+        dtype = jnp.dtype(config.dtype)
+        x = self.embed(tokens, jnp.dtype(config.residual_dtype or config.dtype))
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+
+        def run(
+            x: jax.Array, blocks: Any, states: tuple[Any, ...], keys: jax.Array | None
+        ) -> tuple[jax.Array, tuple[dict[str, jax.Array], ...], tuple[Any, ...]]:
+            auxes, news = [], []
+            for i, (block, old) in enumerate(zip(blocks, states, strict=True)):
+                x, aux, new = block(
+                    x,
+                    positions=positions,
+                    segments=segments,
+                    state=old,
+                    dtype=dtype,
+                    key=None if keys is None else keys[i],
+                )
+                auxes.append(aux)
+                news.append(new)
+            return x, tuple(auxes), tuple(news)
+
+        if config.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[config.remat])
+
+        period = len(config.pattern)
+        repeats = config.n_layers // period
+        keys = None if key is None else jax.random.split(key, (repeats + 1, period))
+        auxes: list[dict[str, jax.Array]] = []
+        new: dict[str, tuple[Any, ...]] = {"blocks": (), "tail": ()}
+        if repeats:
+
+            def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+                x, aux, states = run(x, *xs)
+                return x, (aux, states)
+
+            old = (None,) * period if state is None else state["blocks"]
+            x, (stacked, new["blocks"]) = jax.lax.scan(
+                body,
+                x,
+                (list(self.blocks), old, None if keys is None else keys[:-1]),
+                unroll=min(config.scan_unroll, repeats),
+            )
+            auxes += [
+                jax.tree.map(lambda a, r=r: a[r], aux) for r in range(repeats) for aux in stacked
+            ]
+        old = (None,) * len(self.tail) if state is None else state["tail"]
+        x, tail_aux, new["tail"] = run(x, list(self.tail), old, None if keys is None else keys[-1])
+        auxes = [aux for aux in [*auxes, *tail_aux] if aux]
+        aux = jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else {}
+        return self.final_norm(x, dtype), aux, None if state is None else new
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, S, d_model]` to logits `[B, S, vocab]`, float32."""
+        if self.head is None:
+            y = self.embed.attend(x)
+        else:
+            y = self.head(x, out_dtype=jnp.float32)
+        cap = self.config.final_softcap
+        return y if cap is None else cap * jnp.tanh(y / cap)
+
+    def init_state(self, batch: int, max_len: int, dtype: Any = None) -> State:
+        """The state before the first token.
+
+        Args:
+            batch: rows.
+            max_len: most tokens a row will have, padding included: the capacity of a full cache.
+            dtype: of keys, values and convolution inputs; default the compute dtype.
+        """
+        dtype = jnp.dtype(dtype or self.config.dtype)
+        repeats = self.config.n_layers // len(self.config.pattern)
+
+        def one(block: Block) -> Any:
+            return block.mixer.init_state(batch, max_len, dtype)
+
+        def stack(leaf: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(leaf, (repeats, *leaf.shape))
+
+        return {
+            "blocks": tuple(jax.tree.map(stack, one(b)) for b in self.blocks),
+            "tail": tuple(one(b) for b in self.tail),
+        }
+
+
+def default_positions(length: int, segments: jax.Array | None) -> jax.Array:
+    """Positions that restart where the segment id changes: `[B or 1, S]` int32."""
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    if segments is None:
+        return index
+    begins = segments != jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

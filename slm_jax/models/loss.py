@@ -1,0 +1,71 @@
+"""Next-token loss, optionally without ever holding the logits of the whole batch."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from slm_jax.errors import UserError
+from slm_jax.models.lm import LM
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target) in nats: `[..., V]` float32 and `[...]` int32 to `[...]` float32.
+
+    A masked sum instead of a gather, so that the vocabulary may be split over devices.
+    """
+    hit = targets[..., None] == jnp.arange(logits.shape[-1])
+    picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def next_token_loss(
+    model: LM,
+    batch: Mapping[str, jax.Array],
+    *,
+    chunk: int | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Sum of the next-token losses and of their weights.
+
+    Args:
+        model: the language model.
+        batch: `tokens`, `targets` `[B, S]` int32, `weights` `[B, S]` float32, and optionally
+            `segments` and `positions` `[B, S]` int32.
+        chunk: tokens of each row whose logits exist at one time (recomputed in the backward
+            pass); `None` takes the whole row at once.
+        key: PRNG key for training noise, or `None`.
+
+    Returns:
+        Sum of weight x nats `[]`, sum of weights `[]`, the model's aux terms.
+
+    Raises:
+        UserError: if S is not a multiple of `chunk`.
+    """
+    x, aux, _ = model.hidden(
+        batch["tokens"],
+        positions=batch.get("positions"),
+        segments=batch.get("segments"),
+        key=key,
+    )
+    weights = batch["weights"].astype(jnp.float32)
+
+    def total(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.sum(cross_entropy(model.logits(x), targets) * weights)
+
+    if chunk is None:
+        return total(x, batch["targets"], weights), jnp.sum(weights), aux
+    length = x.shape[1]
+    if chunk < 1 or length % chunk:
+        raise UserError(f"loss_chunk={chunk} does not divide seq_len={length}: choose a divisor")
+
+    def split(a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a.reshape(a.shape[0], length // chunk, chunk, *a.shape[2:]), 1, 0)
+
+    chunked = jax.checkpoint(total)
+    sums, _ = jax.lax.scan(
+        lambda acc, xs: (acc + chunked(*xs), None),
+        jnp.zeros(()),
+        (split(x), split(batch["targets"]), split(weights)),
+    )
+    return sums, jnp.sum(weights), aux

@@ -1,0 +1,58 @@
+"""Feed-forward channel mixer: SwiGLU, GeGLU, GELU, ReLU^2."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from slm_jax.nn.linear import Linear
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """down(act(gate x) * up x), or down(act(up x)) without a gate."""
+
+    d_ff: int
+    """Hidden width."""
+    activation: Activation = "silu"
+    """silu + gate is SwiGLU, gelu_tanh + gate is GeGLU (arXiv 2002.05202)."""
+    gated: bool = True
+    """Multiply by a linear branch."""
+    bias: bool = False
+    """Biases on all projections."""
+
+
+class MLP(nnx.Module):
+    """Dense feed-forward layer."""
+
+    def __init__(
+        self, config: MLPConfig, d_model: int, *, key: jax.Array, out_std: float
+    ) -> None:
+        sizes = {"embed": d_model, "mlp": config.d_ff}
+        kg, ku, kd = jax.random.split(key, 3)
+        self.config = config
+        self.up = Linear("embed -> mlp", sizes, key=ku, bias=config.bias)
+        self.gate = Linear("embed -> mlp", sizes, key=kg, bias=config.bias) if config.gated else None
+        self.down = Linear("mlp -> embed", sizes, key=kd, bias=config.bias, std=out_std)
+
+    def __call__(
+        self, x: jax.Array, *, segments: jax.Array | None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Maps `[B, S, embed]` to the same shape, token by token; the aux dict is empty."""
+        act = ACTIVATIONS[self.config.activation]
+        up = self.up(x)
+        h = act(up) if self.gate is None else act(self.gate(x)) * up
+        return self.down(h), {}

@@ -1,0 +1,185 @@
+"""Mixture of experts: routers, dropless and fixed-capacity dispatch, balance terms as results."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from slm_jax.errors import UserError
+from slm_jax.nn.linear import Linear
+from slm_jax.nn.mlp import ACTIVATIONS, Activation
+from slm_jax.nn.module import Buffer
+from slm_jax.nn.router import route
+from slm_jax.parallel.rules import has_mesh, lead_spec
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Each token is sent to the `top_k` of `n_experts` feed-forward networks."""
+
+    n_experts: int
+    """Experts in the layer."""
+    d_ff: int
+    """Hidden width of one expert."""
+    top_k: int = 2
+    """Experts a token is sent to."""
+    routing: Literal["renormalised", "softmax", "sparsemixer"] = "renormalised"
+    """Weights: top-k of a softmax made to sum to 1 (Mixtral), left as they are (OLMoE, Jamba), or
+    sparsemixer's two successive choices (Phi-3.5-MoE, arXiv 2409.12136)."""
+    dispatch: Literal["dropless", "capacity"] = "dropless"
+    """Every token is served, or an expert takes at most capacity_factor x its share of a row."""
+    capacity_factor: float = 1.25
+    """With dispatch="capacity": an expert's slots a row over seq_len x top_k / n_experts."""
+    activation: Activation = "silu"
+    """Of the gate branch."""
+    selection_bias: bool = False
+    """A bias on the choice of experts, moved by the trainer so that loads even out without a
+    loss (arXiv 2408.15664)."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.n_experts:
+            raise UserError(
+                f"top_k={self.top_k} must be between 1 and n_experts={self.n_experts}"
+            )
+        if self.routing == "sparsemixer" and self.top_k != 2:
+            raise UserError(f"top_k={self.top_k}: routing='sparsemixer' is defined for top_k=2")
+        if self.capacity_factor <= 0:
+            raise UserError(f"capacity_factor={self.capacity_factor} must be positive")
+
+
+class MoE(nnx.Module):
+    """Sparse feed-forward layer with gated experts."""
+
+    def __init__(
+        self, config: MoEConfig, d_model: int, *, key: jax.Array, out_std: float
+    ) -> None:
+        sizes = {"expert": config.n_experts, "embed": d_model, "mlp": config.d_ff}
+        kr, kg, ku, kd = jax.random.split(key, 4)
+        self.config = config
+        self.router = Linear("embed -> experts", sizes | {"experts": config.n_experts}, key=kr)
+        self.gate = Linear("expert: embed -> mlp", sizes, key=kg)
+        self.up = Linear("expert: embed -> mlp", sizes, key=ku)
+        self.down = Linear("expert: mlp -> embed", sizes, key=kd, std=out_std)
+        self.bias = (
+            Buffer(jnp.zeros(config.n_experts), axes=(None,)) if config.selection_bias else None
+        )
+
+    def __call__(
+        self, x: jax.Array, *, segments: jax.Array | None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Routes and transforms every token.
+
+        Args:
+            x: `[B, S, embed]`.
+            segments: `[B, S]` int32, 0 = padding: not counted in the balance terms.
+            key: PRNG key for sparsemixer's training noise; `None` is the deterministic form.
+
+        Returns:
+            `[B, S, embed]` and the terms of this layer, all float32: `moe_load_balance` `[]`
+            (experts x sum of load x mean probability; 1.0 when even), `moe_z` `[]` (mean squared
+            logsumexp of the router logits), `moe_load` `[experts]` (share of the assignments),
+            `moe_dropped` `[]` (share of the assignments over capacity).
+        """
+        c = self.config
+        logits = self.router(x, out_dtype=jnp.float32)
+        bias = None if self.bias is None else self.bias[...]
+        weights, experts, probs = route(logits, c.top_k, c.routing, bias=bias, key=key)
+        y, kept = self._dispatch(x, weights.astype(x.dtype), experts)
+
+        mask = jnp.ones(x.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)
+        total = jnp.maximum(jnp.sum(mask), 1.0)
+        chosen = jnp.sum(
+            (experts[..., None] == jnp.arange(c.n_experts)).astype(jnp.float32), axis=2
+        )
+        load = jnp.sum(chosen * mask[..., None], axis=(0, 1)) / (total * c.top_k)
+        importance = jnp.sum(probs * mask[..., None], axis=(0, 1)) / total
+        z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+        dropped = jnp.mean(1.0 - kept.astype(jnp.float32), axis=-1)
+        return y, {
+            "moe_load_balance": c.n_experts * jnp.sum(load * importance),
+            "moe_z": jnp.sum(z * mask) / total,
+            "moe_load": load,
+            "moe_dropped": jnp.sum(dropped * mask) / total,
+        }
+
+    def _dispatch(
+        self, x: jax.Array, weights: jax.Array, experts: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sends tokens to experts and back: `[B, S, embed]` and which choices were served."""
+        apply = _dropless if self.config.dispatch == "dropless" else _capacity
+        if not has_mesh():
+            return apply(self, x, weights, experts)
+        # Sorting is local to a device: every batch shard routes its own tokens, with all experts
+        # gathered. The balance terms above are means over the whole batch all the same.
+        split = P(*lead_spec(x, 3))
+        graph = jax.tree.map(lambda leaf: P(*(None,) * leaf.ndim), self)
+        gathered = jax.tree.map(lambda leaf: jax.reshard(leaf, P(*(None,) * leaf.ndim)), self)
+        return jax.shard_map(
+            apply, in_specs=(graph, split, split, split), out_specs=(split, split)
+        )(gathered, x, weights, experts)
+
+
+def _expert_mlp(moe: MoE, x: jax.Array, group_sizes: jax.Array | None) -> jax.Array:
+    act = ACTIVATIONS[moe.config.activation]
+    if group_sizes is None:
+        return moe.down(act(moe.gate(x)) * moe.up(x))
+    h = act(moe.gate.grouped(x, group_sizes)) * moe.up.grouped(x, group_sizes)
+    return moe.down.grouped(h, group_sizes)
+
+
+def _dropless(
+    moe: MoE, x: jax.Array, weights: jax.Array, experts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sorts (token, choice) pairs by expert and multiplies each run by its own matrices."""
+    k, d = experts.shape[-1], x.shape[-1]
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    group_sizes = jnp.sum(flat[:, None] == jnp.arange(moe.config.n_experts), axis=0)
+    y = _expert_mlp(moe, x.reshape(-1, d)[order // k], group_sizes.astype(jnp.int32))
+    y = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
+    y = jnp.einsum("tkd,tk->td", y.reshape(-1, k, d), weights.reshape(-1, k))
+    return y.reshape(x.shape), jnp.ones(experts.shape, bool)
+
+
+def _capacity(
+    moe: MoE, x: jax.Array, weights: jax.Array, experts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gives each expert a fixed number of slots a row, filled in token order; drops the rest.
+
+    Counted a row (a GShard group), so that neither the batch nor its split changes what is dropped.
+    """
+    c = moe.config
+    rows, length, k = experts.shape
+    d = x.shape[-1]
+    flat = experts.reshape(rows, -1)
+    slots = max(1, math.ceil(length * k / c.n_experts * c.capacity_factor))
+    member = (flat[..., None] == jnp.arange(c.n_experts)).astype(jnp.int32)
+    place = jnp.sum((jnp.cumsum(member, axis=1) - 1) * member, axis=-1)
+    kept = place < slots
+    row = jnp.arange(rows)[:, None] * slots
+    slot = jnp.where(kept, flat * rows * slots + row + place, c.n_experts * rows * slots)
+    source = jnp.repeat(x.reshape(-1, d), k, axis=0)
+    buckets = jnp.zeros((c.n_experts * rows * slots, d), x.dtype)
+    buckets = buckets.at[slot.reshape(-1)].set(source, mode="drop")
+    y = _expert_mlp(moe, buckets.reshape(c.n_experts, rows * slots, d), None).reshape(-1, d)
+    y = y.at[slot].get(mode="fill", fill_value=0)
+    y = jnp.einsum("bskd,bsk->bsd", y.reshape(rows, length, k, d), weights)
+    return y, kept.reshape(experts.shape)
+
+
+def balanced_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
+    """Loss-free balancing: raises the bias of experts below the mean load (arXiv 2408.15664).
+
+    Args:
+        bias: `[..., experts]`.
+        load: `[..., experts]`, the share of assignments each expert got in the last step.
+        rate: step size, 1e-3 in the paper.
+
+    Returns:
+        bias + rate x sign(mean load - load).
+    """
+    return bias + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)

@@ -1,0 +1,177 @@
+"""Selective state-space mixer, Mamba-1 (arXiv 2312.00752), and its recurrent state."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from slm_kernels.scan import causal_conv1d, selective_scan
+
+from slm_jax.errors import UserError
+from slm_jax.nn.linear import Linear
+from slm_jax.nn.module import parameter
+from slm_jax.nn.norm import Norm, NormConfig
+
+# Range of the initial step sizes and their floor (section 3.6 and the reference code).
+_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Selective scan between a short causal convolution and a gate."""
+
+    d_inner: int
+    """Channels of the scan, usually 2 x d_model."""
+    d_state: int = 16
+    """State values a channel."""
+    d_conv: int = 4
+    """Taps of the convolution."""
+    dt_rank: int | None = None
+    """Rank of the step-size projection; `None` is ceil(d_model / 16)."""
+    inner_norms: bool = False
+    """RMSNorm on dt, B and C (Jamba)."""
+    conv_bias: bool = True
+    """Bias of the convolution."""
+    proj_bias: bool = False
+    """Biases on the input and output projections."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_inner", "d_state", "d_conv"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def resolved_dt_rank(self, d_model: int) -> int:
+        """`dt_rank`, or its default for this width."""
+        return math.ceil(d_model / 16) if self.dt_rank is None else self.dt_rank
+
+
+class MambaState(NamedTuple):
+    """What a row remembers.
+
+    Attributes:
+        conv: `[B, d_conv - 1, d_inner]`, the last inputs of the convolution, before it.
+        ssm: `[B, d_inner, d_state]` float32.
+    """
+
+    conv: jax.Array
+    ssm: jax.Array
+
+
+class Mamba(nnx.Module):
+    """`mixer(x, positions, segments, state) -> (y, state)` by a selective scan."""
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        d_model: int,
+        norm: NormConfig,
+        *,
+        key: jax.Array,
+        out_std: float,
+    ) -> None:
+        c = config
+        rank = c.resolved_dt_rank(d_model)
+        sizes = {
+            "embed": d_model,
+            "inner": c.d_inner,
+            "dt_rank": rank,
+            "dt_b_c": rank + 2 * c.d_state,
+        }
+        k_x, k_z, k_conv, k_sel, k_dt, k_bias, k_out = jax.random.split(key, 7)
+        self.config = c
+        self.in_x = Linear("embed -> inner", sizes, key=k_x, bias=c.proj_bias)
+        self.in_z = Linear("embed -> inner", sizes, key=k_z, bias=c.proj_bias)
+        bound = c.d_conv**-0.5
+        uniform = jax.random.uniform(k_conv, (c.d_conv, c.d_inner), minval=-bound, maxval=bound)
+        self.conv_w = parameter(uniform, ("conv", "inner"), decay=False)
+        self.conv_b = (
+            parameter(jnp.zeros(c.d_inner), ("inner",), decay=False) if c.conv_bias else None
+        )
+        self.select = Linear("inner -> dt_b_c", sizes, key=k_sel)
+        self.dt = Linear("dt_rank -> inner", sizes, key=k_dt)
+        # Uniform, not normal; and steps log-uniform in [1e-3, 1e-1] through softplus's inverse.
+        bound = rank**-0.5
+        self.dt.w = parameter(
+            jax.random.uniform(k_dt, (rank, c.d_inner), minval=-bound, maxval=bound),
+            ("dt_rank", "inner"),
+        )
+        log_step = jax.random.uniform(
+            k_bias, (c.d_inner,), minval=math.log(_DT_MIN), maxval=math.log(_DT_MAX)
+        )
+        step = jnp.maximum(jnp.exp(log_step), _DT_FLOOR)
+        self.dt_bias = parameter(step + jnp.log(-jnp.expm1(-step)), ("inner",), decay=False)
+        a = jnp.broadcast_to(jnp.arange(1, c.d_state + 1.0), (c.d_inner, c.d_state))
+        self.a_log = parameter(jnp.log(a), ("inner", "state"), decay=False)
+        self.d = parameter(jnp.ones(c.d_inner), ("inner",), decay=False)
+        self.out = Linear("inner -> embed", sizes, key=k_out, bias=c.proj_bias, std=out_std)
+        self.norms = None
+        if c.inner_norms:
+            rms = NormConfig(eps=norm.eps)
+            self.norms = nnx.List([Norm(rms, n) for n in (rank, c.d_state, c.d_state)])
+
+    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> MambaState:
+        """The state before the first token; its size does not depend on `max_len`."""
+        c = self.config
+        return MambaState(
+            jnp.zeros((batch, c.d_conv - 1, c.d_inner), dtype),
+            jnp.zeros((batch, c.d_inner, c.d_state), jnp.float32),
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array,
+        segments: jax.Array | None,
+        state: MambaState | None = None,
+    ) -> tuple[jax.Array, MambaState | None]:
+        """Mixes tokens.
+
+        Args:
+            x: `[B, S, embed]`.
+            positions: not used: the recurrence orders the tokens.
+            segments: `[B, S]` int32, 0 = padding; the state restarts where the id changes.
+                With a state a row is one document, continued from it.
+            state: state to continue from, or `None` in training.
+
+        Returns:
+            `[B, S, embed]` and the state after the last token (`None` without one).
+        """
+        c = self.config
+        u, z = self.in_x(x), self.in_z(x)
+        real = None if segments is None else (segments > 0)[..., None]
+        if real is not None:  # before and after the convolution, so that padding leaves no trace
+            u = jnp.where(real, u, 0)
+        reset = conv_segments = None
+        if segments is not None and state is None:
+            conv_segments = segments
+            reset = segments != jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
+        u, conv = causal_conv1d(
+            u,
+            self.conv_w[...],
+            None if self.conv_b is None else self.conv_b[...],
+            segments=conv_segments,
+            history=None if state is None else state.conv,
+        )
+        u = jax.nn.silu(u)
+        if real is not None:
+            u = jnp.where(real, u, 0)
+        rank = self.dt.w.shape[0]
+        dt, b, cc = jnp.split(self.select(u), [rank, rank + c.d_state], axis=-1)
+        if self.norms is not None:
+            dt, b, cc = (norm(a) for norm, a in zip(self.norms, (dt, b, cc), strict=True))
+        dt = jax.nn.softplus(self.dt(dt).astype(jnp.float32) + self.dt_bias[...])
+        y, ssm = selective_scan(
+            u,
+            dt,
+            -jnp.exp(self.a_log[...]),
+            b,
+            cc,
+            self.d[...],
+            reset=reset,
+            initial_state=None if state is None else state.ssm,
+        )
+        y = self.out(y * jax.nn.silu(z))
+        return y, None if state is None else MambaState(conv.astype(state.conv.dtype), ssm)
