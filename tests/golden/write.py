@@ -7,6 +7,7 @@ becomes DIR/<case>-init and DIR/<case>-reinit; README.md says what lies in them.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import shutil
@@ -28,7 +29,8 @@ CHECKED_FILES = ("config.json", "golden.safetensors", "model.safetensors")
 
 def build(case: Case, variant: str, seed: int) -> transformers.PreTrainedModel:
     """Return the model of a case: float32, eval mode, eager attention and experts."""
-    config = getattr(transformers, case.config)(**case.kwargs)
+    kwargs = copy.deepcopy(case.kwargs)  # the class writes defaults into `rope_parameters`
+    config = getattr(transformers, case.config)(**kwargs)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32

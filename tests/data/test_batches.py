@@ -1,0 +1,182 @@
+import itertools
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from slm_jax.data import Corpus, train_batches, valid_batches
+from slm_jax.errors import UserError
+
+MakeCorpus = Callable[..., Corpus]
+LENGTHS = [7, 1, 30, 2, 60, 15, 1, 1, 44]  # 161 tokens
+SIZES = {"batch_size": 4, "seq_len": 8, "seed": 3}
+
+
+def take(batches, n: int) -> list[dict[str, np.ndarray]]:
+    return list(itertools.islice(batches, n))
+
+
+def assert_same(got, want) -> None:
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_global_batch_is_the_same_on_any_number_of_processes(
+    make_corpus: MakeCorpus, count: int, mixed: bool
+) -> None:
+    corpus = make_corpus(LENGTHS, [90, 10], weights=(0.7, 0.3)) if mixed else make_corpus(LENGTHS)
+    whole = take(train_batches(corpus, **SIZES), 12)
+    parts = [
+        take(train_batches(corpus, **SIZES, process_index=k, process_count=count), 12)
+        for k in range(count)
+    ]
+    joined = [
+        {name: np.concatenate([part[step][name] for part in parts]) for name in whole[0]}
+        for step in range(12)
+    ]
+    assert whole[0]["tokens"].shape == (4, 8)
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4, 16])
+def test_threads_do_not_change_batches(make_corpus: MakeCorpus, threads: int) -> None:
+    corpus = make_corpus(LENGTHS)
+    want = take(train_batches(corpus, **SIZES), 30)
+    assert_same(take(train_batches(corpus, **SIZES, read_threads=threads), 30), want)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_saved_state_goes_on_exactly(make_corpus: MakeCorpus, mixed: bool) -> None:
+    corpus = make_corpus(LENGTHS, [90, 10], weights=(0.7, 0.3)) if mixed else make_corpus(LENGTHS)
+    batches = train_batches(corpus, **SIZES)
+    take(batches, 17)  # in the middle of an epoch, rows read ahead
+    state = json.loads(json.dumps(batches.get_state()))
+    assert state == {"next_index": 17}
+    want = take(batches, 9)
+    fresh = train_batches(corpus, **SIZES)
+    fresh.set_state(state)
+    assert_same(take(fresh, 9), want)
+    batches.set_state(state)  # back, in the same iterator
+    assert_same(take(batches, 9), want)
+    other = train_batches(corpus, **SIZES, process_index=1, process_count=2, read_threads=4)
+    other.set_state(state)  # another number of processes and threads
+    assert_same(take(other, 9), [{k: v[2:] for k, v in batch.items()} for batch in want])
+
+
+def test_an_epoch_covers_the_stream_and_epochs_differ(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus(LENGTHS)
+    n_tokens, seq_len = 161, 8
+    n_windows = n_tokens // seq_len
+    rows = take(train_batches(corpus, batch_size=n_windows, seq_len=seq_len, seed=0), 6)
+    firsts = []
+    for batch in rows:
+        targets = batch["targets"].ravel()
+        assert len(set(targets.tolist())) == n_windows * seq_len  # a token's id is its place
+        firsts.append(batch["tokens"][:, 0].tolist())
+    assert len({tuple(order) for order in firsts}) == 6
+    assert len({frozenset(order) for order in firsts}) > 1  # the grid moves too
+    steps = np.diff(sorted(firsts[0]))
+    assert set(steps.tolist()) <= {8, 9}  # one gap of 161 % 8 tokens
+    assert firsts[0] != sorted(firsts[0])
+
+
+def test_seed_decides_the_order(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus(LENGTHS)
+    one, same, other = (
+        take(train_batches(corpus, batch_size=4, seq_len=8, seed=seed), 3) for seed in (3, 3, 4)
+    )
+    assert_same(one, same)
+    assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(one, other, strict=True))
+
+
+def test_mixture_keeps_its_shares(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus([50], [900], [300, 100], weights=(0.5, 0.2, 0.3))
+    rows = np.concatenate([b["tokens"] for b in take(train_batches(corpus, **SIZES), 500)])
+    # Which stream a row is from shows in its tokens only for large ids: count those exactly.
+    alone = [make_corpus([50]), make_corpus([900])]
+    first = [tuple(r) for r in np.concatenate([b["tokens"] for b in _of(alone[0], 250)])]
+    in_mixture = [tuple(r) for r in rows]
+    assert np.mean([max(r) >= 400 for r in in_mixture]) == pytest.approx(0.2 * 500 / 900, abs=0.01)
+    # The first stream's rows come in the order it has alone, a half of all.
+    found, wanted = 0, iter(first)
+    expected = next(wanted)
+    for row in in_mixture:
+        if row == expected:
+            found += 1
+            expected = next(wanted)
+    assert found == pytest.approx(1000, rel=0.01)
+
+
+def _of(corpus: Corpus, n: int) -> list[dict[str, np.ndarray]]:
+    return take(train_batches(corpus, **SIZES), n + 10)
+
+
+def test_valid_has_every_target_once(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus(LENGTHS)
+    batches = valid_batches(corpus, batch_size=4, seq_len=8)
+    got = list(batches)
+    assert len(got) == len(batches) == 5  # 20 rows of 8 for 160 targets
+    real = np.concatenate([b["segments"] for b in got]) > 0
+    targets = np.concatenate([b["targets"] for b in got])[real]
+    np.testing.assert_array_equal(targets, np.arange(1, 161))
+    weights = np.concatenate([b["weights"] for b in got])
+    assert weights.sum() == corpus.valid[0].n_targets == 161 - len(LENGTHS)
+    first_of_document = np.isin(targets, corpus.valid[0].starts)
+    np.testing.assert_array_equal(weights[real] == 0, first_of_document)
+    assert_same(list(batches), got)  # can be read again
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 160, 161, 500])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_valid_pads_what_is_left(make_corpus: MakeCorpus, seq_len: int, batch_size: int) -> None:
+    corpus = make_corpus(LENGTHS, [2], [1])
+    got = list(valid_batches(corpus, batch_size=batch_size, seq_len=seq_len))
+    for batch in got:
+        assert all(array.shape == (batch_size, seq_len) for array in batch.values())
+        padding = batch["segments"] == 0
+        for name in ("weights", "positions"):
+            assert not batch[name][padding].any()
+    real = np.concatenate([b["segments"] for b in got]) > 0
+    targets = np.concatenate([b["targets"] for b in got])[real]
+    np.testing.assert_array_equal(targets, [*range(1, 161), 1])  # a stream of 1 token has none
+    assert sum(b["weights"].sum() for b in got) == 161 - len(LENGTHS) + 1
+
+
+def test_valid_stops_at_max_tokens(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus(LENGTHS, [50])
+    got = list(valid_batches(corpus, batch_size=2, seq_len=8, max_tokens=21))
+    real = np.concatenate([b["segments"] for b in got]) > 0
+    targets = np.concatenate([b["targets"] for b in got])[real]
+    np.testing.assert_array_equal(targets, [*range(1, 22), *range(1, 22)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 5, "process_count": 2}, "batch_size=5 is not a positive multiple"),
+        ({"batch_size": 0}, "batch_size=0 is not a positive multiple"),
+        ({"process_index": 2, "process_count": 2}, r"process_index=2 is not in \[0, 2\)"),
+        ({"seq_len": 0}, "seq_len=0: choose at least 1"),
+        ({"seq_len": 161}, r"a window needs 162 tokens .* has 161: choose seq_len <= 160"),
+    ],
+)
+def test_training_errors(make_corpus: MakeCorpus, change: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train_batches(make_corpus(LENGTHS), **(SIZES | change))
+
+
+def test_longest_possible_window(make_corpus: MakeCorpus) -> None:
+    batch = next(train_batches(make_corpus(LENGTHS), batch_size=2, seq_len=160, seed=0))
+    assert batch["tokens"].shape == (2, 160)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 0}, {"seq_len": 0}, {"max_tokens": 0}])
+def test_valid_errors(make_corpus: MakeCorpus, change: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(change))}=0: choose at least 1"):
+        valid_batches(make_corpus(LENGTHS), **({"batch_size": 2, "seq_len": 8} | change))
