@@ -112,16 +112,16 @@ class _CorruptError(Exception):
 @contextlib.contextmanager
 def _lock(folder: Path, cache_dir: str | None) -> Iterator[None]:
     """Holds the right to write `folder`; a killed process gives it back."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_name(folder.name + ".lock").open("a")
-    except OSError as error:
-        raise UserError(
-            f"cache_dir={str(cache_root(cache_dir))!r} cannot be written ({error.strerror}): set "
-            "cache_dir or SLM_JAX_CACHE to a folder that can"
-        ) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(folder.with_name(folder.name + ".lock").open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"cache_dir={str(cache_root(cache_dir))!r} cannot be written "
+                f"({error.strerror}): set cache_dir or SLM_JAX_CACHE to a folder that can"
+            ) from error
         yield
 
 

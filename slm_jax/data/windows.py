@@ -60,8 +60,8 @@ def read_windows(
     segments = np.cumsum(new[:, :seq_len], axis=1, dtype=np.int32) + np.int32(1)
     positions = at - np.maximum.accumulate(np.where(new[:, :seq_len], at, np.int32(0)), axis=1)
     batch = {
-        "tokens": np.ascontiguousarray(tokens[:, :seq_len]),
-        "targets": np.ascontiguousarray(tokens[:, 1:]),
+        "tokens": tokens[:, :seq_len].copy(),
+        "targets": tokens[:, 1:].copy(),
         "segments": segments,
         "positions": positions,
         "weights": (~new[:, 1:]).astype(np.float32),

@@ -58,7 +58,8 @@ class Linear(nnx.Module):
         fan_in = math.prod(sizes[a] for a in self.in_axes)
         std = fan_in**-0.5 if std is None else std
         w = truncated_normal(key, shape, std) if std else jnp.zeros(shape, jnp.float32)
-        self.w = parameter(w, self.weight_axes)
+        matrix = (len(self.in_axes), len(self.out_axes))
+        self.w = parameter(w, self.weight_axes, matrix=matrix)
         bias_axes = self.batch_axes + self.out_axes
         self.b = (
             parameter(jnp.zeros([sizes[a] for a in bias_axes]), bias_axes, decay=False)

@@ -19,15 +19,22 @@ def is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def parameter(value: jax.Array, axes: tuple[str | None, ...], *, decay: bool = True) -> nnx.Param:
+def parameter(
+    value: jax.Array,
+    axes: tuple[str | None, ...],
+    *,
+    decay: bool = True,
+    matrix: tuple[int, int] = (0, 0),
+) -> nnx.Param:
     """A trained array with one logical axis name a dimension.
 
     Args:
         value: the initial value.
         axes: logical names (`slm_jax.parallel.RULES`), `None` for a dimension never split.
         decay: whether weight decay applies: false for norms, biases, A_log, D and dt bias.
+        matrix: how many of the last axes are inputs and outputs of a linear map (Muon).
     """
-    return nnx.Param(value, axes=axes, decay=decay)
+    return nnx.Param(value, axes=axes, decay=decay, matrix=matrix)
 
 
 def named_leaves(tree: Any) -> dict[str, nnx.Variable]:

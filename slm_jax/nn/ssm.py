@@ -96,6 +96,7 @@ class Mamba(nnx.Module):
         self.dt.w = parameter(
             jax.random.uniform(k_dt, (rank, c.d_inner), minval=-bound, maxval=bound),
             ("dt_rank", "inner"),
+            matrix=(1, 1),
         )
         log_step = jax.random.uniform(
             k_bias, (c.d_inner,), minval=math.log(_DT_MIN), maxval=math.log(_DT_MAX)

@@ -112,6 +112,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def one(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, P())
+        if not jax.tree.leaves(leaf):  # a variable that an optimiser left out (optax MaskedNode)
+            return leaf
         value = leaf.get_value()
         axes = leaf.get_metadata().get("axes", ())
         axes = (None,) * (len(value.shape) - len(axes)) + tuple(axes)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -95,26 +96,33 @@ def test_seed_decides_the_order(make_corpus: MakeCorpus) -> None:
     assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(one, other, strict=True))
 
 
-def test_mixture_keeps_its_shares(make_corpus: MakeCorpus) -> None:
+def test_an_epoch_of_many_windows_is_whole_too(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus([10_001])
+    epochs = take(train_batches(corpus, batch_size=5_000, seq_len=2, seed=0), 2)
+    for batch in epochs:
+        assert len(set(batch["targets"].ravel().tolist())) == 10_000
+    first, second = (batch["tokens"][:, 0] for batch in epochs)
+    assert (first != second).mean() > 0.99
+    assert abs(np.corrcoef(first, np.arange(5_000))[0, 1]) < 0.1  # not in order
+
+
+def test_mixture_keeps_its_shares_and_each_source_its_order(make_corpus: MakeCorpus) -> None:
     corpus = make_corpus([50], [900], [300, 100], weights=(0.5, 0.2, 0.3))
-    rows = np.concatenate([b["tokens"] for b in take(train_batches(corpus, **SIZES), 500)])
-    # Which stream a row is from shows in its tokens only for large ids: count those exactly.
-    alone = [make_corpus([50]), make_corpus([900])]
-    first = [tuple(r) for r in np.concatenate([b["tokens"] for b in _of(alone[0], 250)])]
-    in_mixture = [tuple(r) for r in rows]
-    assert np.mean([max(r) >= 400 for r in in_mixture]) == pytest.approx(0.2 * 500 / 900, abs=0.01)
-    # The first stream's rows come in the order it has alone, a half of all.
-    found, wanted = 0, iter(first)
-    expected = next(wanted)
-    for row in in_mixture:
-        if row == expected:
-            found += 1
-            expected = next(wanted)
-    assert found == pytest.approx(1000, rel=0.01)
-
-
-def _of(corpus: Corpus, n: int) -> list[dict[str, np.ndarray]]:
-    return take(train_batches(corpus, **SIZES), n + 10)
+    told_apart = tuple(
+        dataclasses.replace(stream, tokens=stream.tokens + np.uint16(2000 * which))
+        for which, stream in enumerate(corpus.train)
+    )
+    corpus = dataclasses.replace(corpus, train=told_apart)
+    rows = np.concatenate([batch["tokens"] for batch in take(train_batches(corpus, **SIZES), 500)])
+    source = rows[:, 0] // 2000
+    np.testing.assert_array_equal(rows // 2000, np.broadcast_to(source[:, None], rows.shape))
+    for part in (source, source[:200], source[-200:]):  # evenly, not only in the long run
+        shares = np.bincount(part, minlength=3) / len(part)
+        np.testing.assert_allclose(shares, corpus.weights, atol=0.01)
+    alone = take(train_batches(make_corpus([50]), **SIZES), 300)
+    alone_rows = np.concatenate([batch["tokens"] for batch in alone])
+    first = rows[source == 0]
+    np.testing.assert_array_equal(first, alone_rows[: len(first)])
 
 
 def test_valid_has_every_target_once(make_corpus: MakeCorpus) -> None:

@@ -111,6 +111,7 @@ def test_a_killed_build_leaves_nothing_in_the_way(source: Path, own_cache: Path)
     folder = only_folder(own_cache)
     partial = folder.with_name(folder.name + ".partial")
     folder.rename(partial)
+    (partial / "train.tokens").unlink()  # `first` keeps the old file open
     (partial / "train.tokens").write_bytes(b"half")
     assert same(open_data(cfg), first)
     assert not partial.exists()

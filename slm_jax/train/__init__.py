@@ -1,0 +1,1 @@
+"""The train loop: tasks, optimiser, one jitted step, checkpoints, metrics."""

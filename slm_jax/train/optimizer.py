@@ -1,0 +1,133 @@
+"""Optimisers and learning-rate schedules by name."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+from slm_jax.errors import UserError
+from slm_jax.nn.module import is_variable
+from slm_jax.parallel.rules import has_mesh
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Everything about the update but its size (`ScheduleConfig`)."""
+
+    name: Literal["adamw", "muon", "lion"] = "adamw"
+    """adamw, lion (arXiv 2302.06675), or muon: orthogonalised momentum for the matrices of the
+    layers, scaled to Adam's update size (arXiv 2502.16982), Adam for the rest."""
+    weight_decay: float = 0.1
+    """Decoupled, times the learning rate; never on norms, biases, A_log, D or dt bias."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment (Lion: of the momentum)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; larger ones are scaled down."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate by step."""
+
+    learning_rate: float = 1e-3
+    """Peak."""
+    shape: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: half a cosine, flat then linear (warm-up stable decay), or flat."""
+    warmup_steps: int = 100
+    """Steps of linear growth from 0."""
+    final_fraction: float = 0.1
+    """Last learning rate over the peak (cosine and wsd)."""
+    decay_fraction: float = 0.2
+    """Share of all steps that wsd spends in its decay."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate={self.learning_rate} must be positive")
+        if self.warmup_steps < 0:
+            raise UserError(f"warmup_steps={self.warmup_steps} must not be negative")
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        """The learning rate of optimiser step `step` (from 0) of `total_steps`."""
+        peak, last = self.learning_rate, self.learning_rate * self.final_fraction
+        if step < self.warmup_steps:
+            return peak * (step + 1) / (self.warmup_steps + 1)
+        if self.shape == "constant":
+            return peak
+        begin = self.warmup_steps
+        if self.shape == "wsd":
+            begin = max(begin, round(total_steps * (1 - self.decay_fraction)))
+        progress = min(max((step - begin) / max(total_steps - begin, 1), 0.0), 1.0)
+        if self.shape == "wsd":
+            return peak + (last - peak) * progress
+        return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(config: OptimizerConfig, model: Any) -> optax.GradientTransformation:
+    """The update direction, to be multiplied by minus the learning rate.
+
+    Args:
+        config: which optimiser.
+        model: the model, abstract or not: its variables say what is decayed and what is a matrix.
+
+    Returns:
+        An optax transformation whose updates are `direction + weight_decay * parameter`.
+    """
+    decayed = _map_variables(
+        lambda v: isinstance(v, nnx.Param) and v.get_metadata().get("decay", True), model
+    )
+    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    match config.name:
+        case "adamw":
+            parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+        case "lion":
+            parts.append(optax.scale_by_lion(config.b1, config.b2))
+        case "muon":
+            parts.append(_muon(config, model))
+    parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    return optax.chain(*parts)
+
+
+def _map_variables(f: Any, model: Any) -> Any:
+    """`model` with the value of every variable replaced by `f(variable)`."""
+    return jax.tree.map(lambda v: v.replace(f(v)), model, is_leaf=is_variable)
+
+
+def _muon(config: OptimizerConfig, model: Any) -> optax.GradientTransformation:
+    def matrix_axes(v: nnx.Variable) -> MuonDimensionNumbers | None:
+        """Which axes of a layer's matrix are inputs and outputs; the others are batches of it."""
+        metadata = v.get_metadata()
+        n_in, n_out = metadata.get("matrix", (0, 0))
+        if not n_in or {"vocab", "experts"} & set(metadata["axes"]):
+            return None
+        ndim = len(v.get_value().shape)
+        outs = tuple(range(ndim - n_out, ndim))
+        return MuonDimensionNumbers(tuple(range(ndim - n_out - n_in, ndim - n_out)), outs)
+
+    dimensions = _map_variables(matrix_axes, model)
+    muon = optax.contrib.muon(
+        learning_rate=1.0,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        # In a function: a module can be called, and optax calls what can be called.
+        muon_weight_dimension_numbers=lambda _: dimensions,
+        consistent_rms=0.2,
+    )
+    positive = optax.chain(muon, optax.scale(-1.0))
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        if not has_mesh():
+            return positive.update(grads, state, params)
+        # It reshapes split axes, which Explicit types refuse; results go back to their places.
+        places = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (grads, state))
+        return jax.sharding.auto_axes(positive.update, out_sharding=places)(grads, state, params)
+
+    return optax.GradientTransformation(positive.init, update)

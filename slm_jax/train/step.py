@@ -1,0 +1,199 @@
+"""One optimiser step: a pure function of (state, batch, learning rate), compiled ahead of time."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from slm_jax.errors import UserError
+from slm_jax.nn.module import is_variable
+from slm_jax.parallel.rules import shardings, spec
+from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from slm_jax.train.task import Task
+
+Batch = Mapping[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything a run is at one moment; a checkpoint is this and the data position.
+
+    Attributes:
+        step: `[]` int32, optimiser steps taken.
+        seed: `[]` uint32, source of all randomness together with `step`.
+        model: float32 master weights.
+        optimizer: optax state.
+        ema: exponential moving average of the model, or `None`.
+        carry: what the task takes from step to step.
+    """
+
+    step: jax.Array
+    seed: jax.Array
+    model: Any
+    optimizer: optax.OptState
+    ema: Any
+    carry: Any
+
+
+class StepConfig(NamedTuple):
+    """What a compiled step depends on, apart from shapes and mesh. Hashable.
+
+    Attributes:
+        task: model and loss.
+        optimizer: update rule without its learning rate.
+        accumulate: microbatches a step; their gradients are summed.
+        ema_decay: decay of the weights' moving average, or `None` for no average.
+    """
+
+    task: Task
+    optimizer: OptimizerConfig
+    accumulate: int = 1
+    ema_decay: float | None = None
+
+
+def init_state(config: StepConfig, seed: jax.Array) -> TrainState:
+    """The state before the first step; traceable. `seed` is `[]` uint32."""
+    model, carry = config.task.init(jax.random.key(seed))
+    optimizer = make_optimizer(config.optimizer, model).init(model)
+    # A copy: model and average are donated to the step as two buffers.
+    ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, model)
+    return TrainState(jnp.zeros((), jnp.int32), seed, model, optimizer, ema, carry)
+
+
+def train_step(
+    config: StepConfig, state: TrainState, batch: Batch, learning_rate: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Advances one optimiser step.
+
+    Args:
+        config: task, optimiser, accumulation.
+        state: the state before.
+        batch: arrays `[B, ...]`; microbatch i holds rows i, i + accumulate, ..., so that each
+            device keeps its own rows.
+        learning_rate: `[]` float32.
+
+    Returns:
+        The state after, and the step's metrics: `loss` (the task's, balance terms included),
+        `grad_norm` (before clipping), and the task's own.
+    """
+    task = config.task
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+
+    def objective(model: Any, micro: Batch, carry: Any, key: jax.Array) -> Any:
+        loss, aux, carry = task.loss(model, micro, carry, key)
+        return loss.total, (loss.weight, aux, carry)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    if config.accumulate == 1:
+        (total, (weight, aux, carry)), grads = gradient(state.model, batch, state.carry, key)
+    else:
+        n = config.accumulate
+        micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1), batch)
+
+        def body(sums: Any, xs: Any) -> tuple[Any, Any]:
+            grads, total, weight, carry = sums
+            batch, key = xs
+            (t, (w, aux, carry)), g = gradient(state.model, batch, carry, key)
+            return (jax.tree.map(jnp.add, grads, g), total + t, weight + w, carry), aux
+
+        zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros(()), jnp.zeros(()))
+        (grads, total, weight, carry), auxes = jax.lax.scan(
+            body, (*zeros, state.carry), (micro, jax.random.split(key, n))
+        )
+        aux = jax.tree.map(lambda a: jnp.mean(a, axis=0), auxes)
+
+    scale = 1.0 / jnp.maximum(weight, 1.0)
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    optimizer = make_optimizer(config.optimizer, state.model)
+    direction, opt_state = optimizer.update(grads, state.optimizer, state.model)
+    model = jax.tree.map(lambda p, d: p - learning_rate * d, state.model, direction)
+    model = task.after_update(model, aux)
+    ema = state.ema
+    if config.ema_decay is not None:
+        ema = _moving_average(state.ema, model, config.ema_decay)
+    metrics = {"loss": total * scale, "grad_norm": optax.global_norm(grads), **aux}
+    return TrainState(state.step + 1, state.seed, model, opt_state, ema, carry), metrics
+
+
+def _moving_average(ema: Any, model: Any, decay: float) -> Any:
+    """decay x ema + (1 - decay) x model for trained weights; buffers are taken as they are."""
+
+    def one(old: nnx.Variable, new: nnx.Variable) -> nnx.Variable:
+        if not isinstance(new, nnx.Param):
+            return new
+        return new.replace(jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), old[...], new[...]))
+
+    return jax.tree.map(one, ema, model, is_leaf=is_variable)
+
+
+class Program(NamedTuple):
+    """A compiled step and what is known of it.
+
+    Attributes:
+        init: compiled `seed -> TrainState`.
+        step: compiled `(state, batch, learning_rate) -> (state, metrics)`; donates the state.
+        state: abstract state with shardings, for restoring.
+        compile_seconds: wall time of tracing and compiling the step.
+        memory_bytes: arguments, results and temporaries of the step on one device.
+    """
+
+    init: Callable[[jax.Array], TrainState]
+    step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+    state: TrainState
+    compile_seconds: float
+    memory_bytes: int
+
+
+@functools.lru_cache(maxsize=4)
+def compile_step(
+    config: StepConfig, mesh: Mesh, batch: tuple[tuple[str, tuple[int, ...], Any], ...]
+) -> Program:
+    """Compiles the step for a mesh and global batch shapes; equal arguments share one program.
+
+    Args:
+        config: task, optimiser, accumulation.
+        mesh: an Explicit mesh.
+        batch: name, global shape and dtype of every array of the batch.
+
+    Raises:
+        UserError: if the rows do not divide over the mesh and the microbatches, or an axis of
+            the model does not divide over the mesh.
+    """
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, spec(("batch",)))
+        parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+        for name, shape, _ in batch:
+            if shape[0] % parts:
+                raise UserError(
+                    f"batch_size={shape[0]} ({name}) is not a multiple of data x fsdp x "
+                    f"accumulate = {parts}: choose {parts * max(1, round(shape[0] / parts))}"
+                )
+        inputs = {n: jax.ShapeDtypeStruct(s, d, sharding=rows) for n, s, d in batch}
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        init = functools.partial(init_state, config)
+        abstract = jax.eval_shape(init, seed)
+        places = shardings(abstract, mesh)
+        state = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places
+        )
+        start = time.perf_counter()
+        compiled = (
+            jax.jit(functools.partial(train_step, config), donate_argnums=0)
+            .lower(state, inputs, jax.ShapeDtypeStruct((), jnp.float32))
+            .compile()
+        )
+        seconds = time.perf_counter() - start
+        compiled_init = jax.jit(init, out_shardings=places).lower(seed).compile()
+    memory = compiled.memory_analysis()
+    used = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    return Program(compiled_init, compiled, state, seconds, used)

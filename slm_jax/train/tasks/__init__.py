@@ -1,0 +1,1 @@
+"""Tasks, one file each: what is trained and with which loss."""
