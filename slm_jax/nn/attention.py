@@ -85,12 +85,16 @@ class Attention(nnx.Module):
             "kv_heads": config.n_kv_heads,
             "head_dim": config.head_dim,
         }
+        kv_axes = "embed -> kv_heads head_dim"
+        if config.n_kv_heads == 1:  # MQA's one head is on every device that has query heads
+            kv_axes = "embed -> kv_head head_dim"
+            sizes["kv_head"] = sizes.pop("kv_heads")
         kq, kk, kv, ko = jax.random.split(key, 4)
         bias = config.qkv_bias
         self.config = config
         self.q = Linear("embed -> heads head_dim", sizes, key=kq, bias=bias)
-        self.k = Linear("embed -> kv_heads head_dim", sizes, key=kk, bias=bias)
-        self.v = Linear("embed -> kv_heads head_dim", sizes, key=kv, bias=bias)
+        self.k = Linear(kv_axes, sizes, key=kk, bias=bias)
+        self.v = Linear(kv_axes, sizes, key=kv, bias=bias)
         self.out = Linear(
             "heads head_dim -> embed", sizes, key=ko, bias=config.out_bias, std=out_std
         )

@@ -75,7 +75,8 @@ class MoE(nnx.Module):
 
         Args:
             x: `[B, S, embed]`.
-            segments: `[B, S]` int32, 0 = padding: not counted in the balance terms.
+            segments: `[B, S]` int32, 0 = padding: sent to no expert, so the result there is zero,
+                and not counted in the balance terms.
             key: PRNG key for sparsemixer's training noise; `None` is the deterministic form.
 
         Returns:
@@ -88,6 +89,8 @@ class MoE(nnx.Module):
         logits = self.router(x, out_dtype=jnp.float32)
         bias = None if self.bias is None else self.bias[...]
         weights, experts, probs = route(logits, c.top_k, c.routing, bias=bias, key=key)
+        if segments is not None:  # padding goes nowhere: it must not take an expert's slots
+            experts = jnp.where((segments > 0)[..., None], experts, c.n_experts)
         y, kept = self._dispatch(x, weights.astype(x.dtype), experts)
 
         mask = jnp.ones(x.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)

@@ -31,6 +31,7 @@ RULES: dict[str, MeshAxes] = {
     "vocab": "tensor",
     "expert": "expert",
     # never split
+    "kv_head": None,
     "head_dim": None,
     "experts": None,
     "dt_b_c": None,

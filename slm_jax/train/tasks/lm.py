@@ -14,12 +14,10 @@ from slm_jax.train.task import Loss
 
 
 @dataclass(frozen=True)
-class LMTask:
+class LMLossConfig:
     """Mean next-token cross-entropy plus weighted balance terms."""
 
-    model: LMConfig
-    """The language model."""
-    loss_chunk: int | None = None
+    chunk: int | None = None
     """Tokens of a row whose logits exist at one time; `None` is all."""
     load_balance: float = 0.01
     """Weight of the mean load-balance term over the MoE layers (its minimum is 1)."""
@@ -27,6 +25,14 @@ class LMTask:
     """Weight of the mean squared logsumexp of the router logits."""
     bias_rate: float = 0.001
     """Step of the selection bias, where an MoE layer has one."""
+
+
+@dataclass(frozen=True)
+class LMTask:
+    """Trains a language model to predict the next token."""
+
+    model: LMConfig
+    objective: LMLossConfig = LMLossConfig()
 
     def init(self, key: jax.Array) -> tuple[LM, tuple[()]]:
         """A new model; nothing is carried from step to step."""
@@ -36,11 +42,11 @@ class LMTask:
         self, model: LM, batch: Mapping[str, jax.Array], carry: Any, key: jax.Array
     ) -> tuple[Loss, dict[str, jax.Array], Any]:
         """Loss over the tokens that count; logs the bare cross-entropy and the MoE terms."""
-        total, weight, aux = next_token_loss(model, batch, chunk=self.loss_chunk, key=key)
+        total, weight, aux = next_token_loss(model, batch, chunk=self.objective.chunk, key=key)
         logged = {"nll": total / weight}
         if aux:
-            balance = self.load_balance * aux["moe_load_balance"].mean()
-            total = total + weight * (balance + self.router_z * aux["moe_z"].mean())
+            balance = self.objective.load_balance * aux["moe_load_balance"].mean()
+            total = total + weight * (balance + self.objective.router_z * aux["moe_z"].mean())
             logged |= aux
         return Loss(total, weight), logged, carry
 
@@ -56,7 +62,7 @@ class LMTask:
         def moved(moe: MoE, load: jax.Array) -> MoE:
             if moe.bias is None:
                 return moe
-            bias = balanced_bias(moe.bias[...], load, self.bias_rate)
+            bias = balanced_bias(moe.bias[...], load, self.objective.bias_rate)
             return _with(moe, bias=moe.bias.replace(bias))
 
         def block(old: Any, layers: list[int], stacked: bool) -> Any:

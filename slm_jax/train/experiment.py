@@ -1,0 +1,296 @@
+"""A training run of a language model, from one frozen configuration to a folder of results."""
+
+import functools
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from slm_jax.data import Corpus, DataConfig, open_data, train_batches, valid_batches
+from slm_jax.errors import UserError
+from slm_jax.models.flops import peak_flops, training_flops
+from slm_jax.models.lm import LM, LMConfig
+from slm_jax.models.loss import next_token_loss
+from slm_jax.parallel import MeshConfig, make_mesh, shard_batch
+from slm_jax.train.checkpoint import Checkpoints
+from slm_jax.train.loop import CHECKPOINTS_FOLDER, LoopConfig, train
+from slm_jax.train.metrics import bits_per_byte
+from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
+from slm_jax.train.serialize import differences, from_json, to_json
+from slm_jax.train.step import Program, StepConfig, TrainState, compile_step
+from slm_jax.train.tasks.lm import LMLossConfig, LMTask
+
+CONFIG_FILE = "config.json"
+RESULT_FILE = "result.json"
+
+# Fields that say where and how a run is watched, not what it computes: they may change on resuming.
+_FREE = ("out", "overwrite", "mesh", "loop")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run. Equal configurations give equal losses, bit for bit on equal hardware."""
+
+    model: LMConfig
+    """The language model."""
+    data: DataConfig = DataConfig()
+    """Text and tokenizer."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate by step."""
+    objective: LMLossConfig = LMLossConfig()
+    """Loss."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Rows a step, over all devices and microbatches."""
+    seq_len: int = 256
+    """Tokens a row."""
+    accumulate: int = 1
+    """Microbatches a step."""
+    ema_decay: float | None = None
+    """Also keep, and evaluate, an exponential moving average of the weights."""
+    eval_tokens: int | None = None
+    """Held-out tokens an evaluation reads; all by default."""
+    seed: int = 0
+    """Source of all randomness: weights, data order, noise."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    loop: LoopConfig = LoopConfig()
+    """Logging, evaluation, checkpoints."""
+    out: Path = Path("runs/train")
+    """Run folder. A run found there with the same configuration is resumed."""
+    overwrite: bool = False
+    """Delete what is in the run folder first."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run measured.
+
+    Attributes:
+        valid_loss: nats a token on the held-out text.
+        valid_bits_per_byte: the same in bits a byte.
+        valid_loss_ema: nats a token of the averaged weights, if there are any.
+        tokens: training tokens seen.
+        tokens_per_second: median over the steps.
+        compile_seconds: compiling the step; equal steps of one process are compiled once.
+        memory_bytes: of the step on one device, from the compiler.
+        out: run folder.
+    """
+
+    valid_loss: float
+    valid_bits_per_byte: float
+    valid_loss_ema: float | None
+    tokens: int
+    tokens_per_second: float
+    compile_seconds: float
+    memory_bytes: int
+    out: str
+
+
+def run(config: Experiment, corpus: Corpus | None = None) -> Result:
+    """Trains, or resumes, or returns the result if the run folder holds it already.
+
+    Args:
+        config: what to run.
+        corpus: the opened data of `config.data`, to share it between runs.
+
+    Raises:
+        UserError: on a configuration that cannot run, or a run folder of another one.
+        DivergedError: if the loss is no longer finite.
+    """
+    corpus = corpus or open_data(config.data)
+    if corpus.tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the "
+            f"{corpus.tokenizer.vocab_size} tokens of {corpus.tokenizer.name}: raise it"
+        )
+    finished = _open_folder(config, corpus)
+    if finished is not None:
+        return finished
+    mesh = make_mesh(config.mesh)
+    program = compile_program(config, mesh)
+    batches = train_batches(
+        corpus,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    end = train(
+        program,
+        mesh,
+        batches,
+        folder=config.out,
+        name=config.out.name,
+        steps=config.steps,
+        seed=config.seed,
+        schedule=config.schedule,
+        config=config.loop,
+        evaluate=functools.partial(evaluate, config, corpus, mesh),
+        derive=_derived(config, corpus, mesh),
+    )
+    result = Result(
+        valid_loss=end.evaluation["valid_loss"],
+        valid_bits_per_byte=end.evaluation["valid_bits_per_byte"],
+        valid_loss_ema=end.evaluation.get("valid_loss_ema"),
+        tokens=config.steps * config.batch_size * config.seq_len,
+        tokens_per_second=end.tokens_per_second,
+        compile_seconds=program.compile_seconds,
+        memory_bytes=program.memory_bytes,
+        out=str(config.out),
+    )
+    (config.out / RESULT_FILE).write_text(json.dumps(asdict(result), indent=1) + "\n")
+    return result
+
+
+def compile_program(config: Experiment, mesh: Mesh) -> Program:
+    """The compiled step of a run; runs that differ in seed or learning rate share it."""
+    step = StepConfig(
+        LMTask(config.model, config.objective),
+        config.optimizer,
+        config.accumulate,
+        config.ema_decay,
+    )
+    shape = (config.batch_size, config.seq_len)
+    ints = [(name, shape, np.int32) for name in ("tokens", "targets", "segments", "positions")]
+    return compile_step(step, mesh, (*ints, ("weights", shape, np.float32)))
+
+
+def evaluate(
+    config: Experiment, corpus: Corpus, mesh: Mesh, state: TrainState
+) -> dict[str, float]:
+    """Held-out loss in nats a token and bits a byte, of the weights and of their average."""
+    batches = valid_batches(
+        corpus,
+        batch_size=config.batch_size // config.accumulate,
+        seq_len=config.seq_len,
+        max_tokens=config.eval_tokens,
+    )
+    score = _scorer(config.objective.chunk)
+    models = {"valid_loss": state.model}
+    if state.ema is not None:
+        models["valid_loss_ema"] = state.ema
+    sums: dict[str, list[Any]] = {name: [] for name in models}
+    for batch in batches:
+        split = shard_batch(batch, mesh)
+        for name, model in models.items():
+            sums[name].append(score(model, split))
+    out = {}
+    for name, parts in sums.items():
+        total, weight = np.sum(np.asarray(jax.device_get(parts), np.float64), axis=0)
+        out[name] = float(total / weight)
+    out["valid_bits_per_byte"] = bits_per_byte(out["valid_loss"], corpus.bytes_per_token)
+    return out
+
+
+@functools.cache
+def _scorer(chunk: int | None) -> Any:
+    @jax.jit
+    def score(model: LM, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, weight, _ = next_token_loss(model, batch, chunk=chunk)
+        return total, weight
+
+    return score
+
+
+def _derived(config: Experiment, corpus: Corpus, mesh: Mesh) -> Any:
+    """Adds bits per byte, and MFU where the device's peak is known, to a step's record."""
+    flops = training_flops(config.model, config.seq_len, remat="none")
+    peak = peak_flops(mesh.devices.flat[0])
+
+    def derive(values: dict[str, Any]) -> dict[str, Any]:
+        nats = float(values["nll"])
+        extra = {"bits_per_byte": bits_per_byte(nats, corpus.bytes_per_token)}
+        if peak is not None:
+            extra["mfu"] = flops * values["tokens_per_second"] / (peak * mesh.size)
+        return values | extra
+
+    return derive
+
+
+def _open_folder(config: Experiment, corpus: Corpus) -> Result | None:
+    """Makes the run folder, or checks that it belongs to this run; its result if it is done."""
+    out = config.out
+    identity = {k: v for k, v in to_json(config).items() if k not in _FREE}
+    identity["data_fingerprint"] = corpus.fingerprint
+    if config.overwrite and (out / CONFIG_FILE).exists():
+        shutil.rmtree(out)
+    file = out / CONFIG_FILE
+    if not file.exists():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(
+                f"out={out} is not empty and holds no run: choose another --out or empty it"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        full = to_json(config) | {"data_fingerprint": corpus.fingerprint}
+        temporary.write_text(json.dumps(full, indent=1) + "\n")
+        temporary.rename(file)
+        return None
+    saved = {k: v for k, v in _read_json(file).items() if k not in _FREE}
+    changed = differences(saved, identity)
+    if changed:
+        raise UserError(
+            f"out={out} holds another run ({changed[0]}"
+            + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
+            + "): choose another --out, or --overwrite to delete it"
+        )
+    result = out / RESULT_FILE
+    return Result(**_read_json(result)) if result.exists() else None
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): is it the folder of a run?") from error
+
+
+def load_experiment(out: Path) -> Experiment:
+    """The configuration of the run in `out`.
+
+    Raises:
+        UserError: if the folder holds no run.
+    """
+    if not (out / CONFIG_FILE).exists():
+        raise UserError(f"run={out} has no {CONFIG_FILE}: give the folder of a training run")
+    data = _read_json(out / CONFIG_FILE)
+    data.pop("data_fingerprint", None)
+    return from_json(Experiment, data | {"out": str(out)})
+
+
+def load_model(out: Path, *, ema: bool = False) -> tuple[LM, Experiment]:
+    """The newest weights of the run in `out`, on the first device, and its configuration.
+
+    Raises:
+        UserError: if there is no run, no checkpoint, or no average of the weights.
+    """
+    config = load_experiment(out)
+    if ema and config.ema_decay is None:
+        raise UserError(f"ema=True: the run in {out} keeps no average of its weights")
+    abstract = jax.eval_shape(lambda k: LM(config.model, k), jax.random.key(0))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), abstract
+    )
+    name = "ema" if ema else "model"
+    with Checkpoints(out / CHECKPOINTS_FOLDER) as checkpoints:
+        model = checkpoints.restore({name: abstract}).state[name]
+    return jax.tree.map(jnp.asarray, model), config

@@ -1,0 +1,174 @@
+"""The one loop: batches in, metrics out one step late, checkpoints now and then."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from slm_jax.errors import UserError
+from slm_jax.parallel.rules import shard_batch
+from slm_jax.train.checkpoint import Checkpoints
+from slm_jax.train.metrics import MetricLog
+from slm_jax.train.optimizer import ScheduleConfig
+from slm_jax.train.progress import TrainProgress
+from slm_jax.train.step import Program, TrainState
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+class DivergedError(UserError):
+    """The loss or the gradient is no longer a number."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long to train and what to do on the way. Nothing here changes the numbers."""
+
+    log_every: int = 1
+    """Steps between records; values of the steps between are not read."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out text; 0 is at the end only."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 is at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    wandb: bool = False
+    """Also log to Weights & Biases."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1 or self.keep_checkpoints < 1:
+            raise UserError(
+                f"log_every={self.log_every} and keep_checkpoints={self.keep_checkpoints} must be "
+                "at least 1"
+            )
+
+
+class Finished(NamedTuple):
+    """The end of a run.
+
+    Attributes:
+        state: the last state.
+        evaluation: what `evaluate` returned for it.
+        tokens_per_second: median over the steps of this process, evaluation left out; 0 if it
+            ran fewer than three steps.
+    """
+
+    state: TrainState
+    evaluation: dict[str, float]
+    tokens_per_second: float
+
+
+def train(
+    program: Program,
+    mesh: Mesh,
+    batches: Iterator[dict[str, np.ndarray]],
+    *,
+    folder: Path,
+    name: str,
+    steps: int,
+    seed: int,
+    schedule: ScheduleConfig,
+    config: LoopConfig,
+    evaluate: Callable[[TrainState], dict[str, float]],
+    derive: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values,
+) -> Finished:
+    """Trains from the newest checkpoint in `folder`, or from the beginning.
+
+    Metrics of a step are read after the next one has been dispatched, so the device never waits
+    for the host. A checkpoint is written only after the losses up to it were seen to be finite.
+
+    Args:
+        program: compiled step.
+        mesh: the mesh it was compiled for.
+        batches: grain iterator of host batches, with `get_state` and `set_state`.
+        folder: run folder, where checkpoints and metrics go.
+        name: shown with the progress.
+        steps: optimiser steps of the whole run.
+        seed: source of all randomness of the model.
+        schedule: learning rate by step.
+        config: intervals of logging, evaluation and checkpoints.
+        evaluate: maps a state to numbers for the log.
+        derive: adds quantities (bits per byte, MFU) to a step's record.
+
+    Raises:
+        DivergedError: if a loss or gradient norm is not finite; the last good checkpoint stays.
+    """
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(folder / CHECKPOINTS_FOLDER, keep=config.keep_checkpoints) as checkpoints,
+    ):
+        start = 0
+        if checkpoints.latest() is None:
+            state = program.init(np.uint32(seed))
+        else:
+            start, state, position = checkpoints.restore(program.state)
+            batches.set_state(position)  # type: ignore[attr-defined]
+        log = MetricLog(folder, first_step=start, wandb=config.wandb, name=name)
+        saved = start
+        durations: list[float] = []
+        tokens = 0
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        clock = time.perf_counter()
+
+        def settle() -> None:
+            """Reads the metrics of the step dispatched before, logs them, stops on NaN."""
+            nonlocal pending, clock
+            if pending is None:
+                return
+            step, metrics = pending
+            pending = None
+            loss, norm = (float(metrics[k]) for k in ("loss", "grad_norm"))
+            now = time.perf_counter()
+            durations.append(now - clock)
+            clock = now
+            rate = tokens / float(np.median(durations[-20:]))
+            if not (np.isfinite(loss) and np.isfinite(norm)):
+                kept = f"checkpoint {saved} is the last good one" if saved else "no checkpoint yet"
+                raise DivergedError(
+                    f"loss={loss}, grad_norm={norm} at step {step} with learning_rate="
+                    f"{schedule(step, steps):.3g}: lower it or lengthen the warm-up; {kept} "
+                    f"({folder})"
+                )
+            if step % config.log_every == 0 or step == steps - 1:
+                values = {k: np.asarray(v) for k, v in metrics.items()}
+                values |= {"learning_rate": schedule(step, steps), "tokens_per_second": rate}
+                log.write(step, derive(values))
+            progress.update(step + 1, loss, rate)
+
+        try:
+            with TrainProgress(name, first_step=start, steps=steps, quiet=config.quiet) as progress:
+                evaluation: dict[str, float] = {}
+                for step in range(start, steps):
+                    host = next(batches)
+                    tokens = host["tokens"].size * jax.process_count()
+                    rate = np.float32(schedule(step, steps))
+                    state, metrics = program.step(state, shard_batch(host, mesh), rate)
+                    settle()
+                    pending = (step, metrics)
+                    done = step + 1
+                    if done == steps or (config.eval_every and done % config.eval_every == 0):
+                        settle()
+                        evaluation = evaluate(state)
+                        log.write(step, evaluation)
+                        clock = time.perf_counter()
+                    every = config.checkpoint_every
+                    if done == steps or (every and done % every == 0):
+                        settle()
+                        position = batches.get_state()  # type: ignore[attr-defined]
+                        checkpoints.save(done, state, position, {"name": name})
+                        saved = done
+                        clock = time.perf_counter()
+                if start >= steps:
+                    evaluation = evaluate(state)
+        finally:
+            log.close()
+    steady = durations[1:]
+    rate = tokens / float(np.median(steady)) if len(steady) > 1 else 0.0
+    return Finished(state, evaluation, rate)
