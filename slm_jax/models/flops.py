@@ -107,7 +107,9 @@ def training_flops(
             model FLOPs of an MFU whatever the run recomputes. `"full"` adds a forward of the layers
             without the head (an upper bound: the last product of a period is not needed again).
             `"dots"` keeps the products with plain matrices and adds those that are batched, which
-            its policy does not keep: attention's products and the experts; and the SSM scan.
+            its policy does not keep: attention's products and the experts (not their weighted sum,
+            which is needed again only inside a period); and the SSM scan. What a kernel recomputes
+            within its own backward pass is not counted.
         causal: as in `forward_flops`.
 
     Raises:
@@ -141,9 +143,7 @@ def _layer_flops(
             rank = m.resolved_dt_rank(d_model)
             inputs_outputs = 3 * d_model * m.d_inner
             selection = m.d_inner * (rank + 2 * m.d_state) + rank * m.d_inner
-            per_channel = (
-                2 * m.d_conv + SCAN_FLOPS_PER_STATE * m.d_state + SCAN_FLOPS_PER_CHANNEL
-            )
+            per_channel = 2 * m.d_conv + SCAN_FLOPS_PER_STATE * m.d_state + SCAN_FLOPS_PER_CHANNEL
             found.append(("ssm_projections", 2 * (inputs_outputs + selection)))
             found.append(("ssm_scan", per_channel * m.d_inner))
     match layer.channel:

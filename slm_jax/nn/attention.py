@@ -98,13 +98,14 @@ class Attention(nnx.Module):
         self.out = Linear(
             "heads head_dim -> embed", sizes, key=ko, bias=config.out_bias, std=out_std
         )
-        self.q_norm = self.k_norm = None
-        if config.qk_norm:
-            weighted = replace(norm, bias=False)
-            full = config.qk_norm == "full"
-            q_shape, k_shape = (config.n_heads, config.head_dim), (config.n_kv_heads, config.head_dim)
-            self.q_norm = Norm(weighted, q_shape if full else config.head_dim)
-            self.k_norm = Norm(weighted, k_shape if full else config.head_dim)
+        weighted = replace(norm, bias=False)
+        q_shape: int | tuple[int, int] = config.head_dim
+        k_shape: int | tuple[int, int] = config.head_dim
+        if config.qk_norm == "full":
+            q_shape = (config.n_heads, config.head_dim)
+            k_shape = (config.n_kv_heads, config.head_dim)
+        self.q_norm = Norm(weighted, q_shape) if config.qk_norm else None
+        self.k_norm = Norm(weighted, k_shape) if config.qk_norm else None
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> KVCache:
         """An empty cache of `max_len` slots, or of `window` slots if that is fewer."""

@@ -39,6 +39,9 @@ class MoEConfig:
     selection_bias: bool = False
     """A bias on the choice of experts, moved by the trainer so that loads even out without a
     loss (arXiv 2408.15664)."""
+    jitter_eps: float = 0.01
+    """With routing="sparsemixer": experts whose logit is more than 2 x this below the best, relative
+    to the larger of the two magnitudes, get no weight."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.n_experts:
@@ -88,7 +91,9 @@ class MoE(nnx.Module):
         c = self.config
         logits = self.router(x, out_dtype=jnp.float32)
         bias = None if self.bias is None else self.bias[...]
-        weights, experts, probs = route(logits, c.top_k, c.routing, bias=bias, key=key)
+        weights, experts, probs = route(
+            logits, c.top_k, c.routing, bias=bias, key=key, jitter_eps=c.jitter_eps
+        )
         if segments is not None:  # padding goes nowhere: it must not take an expert's slots
             experts = jnp.where((segments > 0)[..., None], experts, c.n_experts)
         y, kept = self._dispatch(x, weights.astype(x.dtype), experts)

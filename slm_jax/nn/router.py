@@ -5,9 +5,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-# Experts whose logit is more than 2 x eps below the best (relative) are masked: GRIN's jitter eps.
-_SPARSEMIXER_EPS = 0.01
-
 
 def route(
     logits: jax.Array,
@@ -16,6 +13,7 @@ def route(
     *,
     bias: jax.Array | None = None,
     key: jax.Array | None = None,
+    jitter_eps: float = 0.01,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Chooses `top_k` experts a token.
 
@@ -25,6 +23,7 @@ def route(
         routing: see `MoEConfig.routing`.
         bias: `[experts]` added to the probabilities for the choice only, never to the weights.
         key: PRNG key for sparsemixer's training noise; `None` is its deterministic form.
+        jitter_eps: see `MoEConfig.jitter_eps`.
 
     Returns:
         Weights `[..., top_k]` float32, experts `[..., top_k]` int32, and the softmax over all
@@ -33,7 +32,7 @@ def route(
     logits = logits.astype(jnp.float32)
     probs = jax.nn.softmax(logits, axis=-1)
     if routing == "sparsemixer":
-        weights, experts = _sparsemixer(logits, key)
+        weights, experts = _sparsemixer(logits, key, jitter_eps)
         return weights, experts, probs
     preference = probs if bias is None else probs + jax.lax.stop_gradient(bias)
     _, experts = jax.lax.top_k(preference, top_k)
@@ -49,7 +48,9 @@ def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(hit, values[..., None, :], 0.0), axis=-1)
 
 
-def _sparsemixer(logits: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _sparsemixer(
+    logits: jax.Array, key: jax.Array | None, jitter_eps: float
+) -> tuple[jax.Array, jax.Array]:
     """Two successive top-1 choices, each weighted by a softmax over its close competitors.
 
     SparseMixer-v2 (arXiv 2409.12136, section 3). The two weights do not sum to one. In training
@@ -63,7 +64,7 @@ def _sparsemixer(logits: jax.Array, key: jax.Array | None) -> tuple[jax.Array, j
         top = jnp.max(candidates, axis=-1, keepdims=True)
         best = jnp.argmax(candidates, axis=-1)
         distance = (top - logits) / jnp.maximum(jnp.abs(logits), top)
-        masked = jnp.where(distance > 2 * _SPARSEMIXER_EPS, -jnp.inf, candidates)
+        masked = jnp.where(distance > 2 * jitter_eps, -jnp.inf, candidates)
         probs = jax.nn.softmax(masked, axis=-1)
         choice = best
         if step_key is not None:

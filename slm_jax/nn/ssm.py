@@ -107,10 +107,9 @@ class Mamba(nnx.Module):
         self.a_log = parameter(jnp.log(a), ("inner", "state"), decay=False)
         self.d = parameter(jnp.ones(c.d_inner), ("inner",), decay=False)
         self.out = Linear("inner -> embed", sizes, key=k_out, bias=c.proj_bias, std=out_std)
-        self.norms = None
-        if c.inner_norms:
-            rms = NormConfig(eps=norm.eps)
-            self.norms = nnx.List([Norm(rms, n) for n in (rank, c.d_state, c.d_state)])
+        rms = NormConfig(eps=norm.eps)
+        widths = (rank, c.d_state, c.d_state)
+        self.norms = nnx.List([Norm(rms, n) for n in widths]) if c.inner_norms else None
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> MambaState:
         """The state before the first token; its size does not depend on `max_len`."""

@@ -16,11 +16,11 @@ def visible(
     q, k = q_positions[:, :, None], kv_positions[:, None, :]
     mask = k >= 0
     if causal:
-        mask &= k <= q
+        mask = mask & (k <= q)
     if window is not None:
-        mask &= q - k < window
+        mask = mask & (q - k < window)
         if not causal:
-            mask &= k - q < window
+            mask = mask & (k - q < window)
     if q_segments is not None and kv_segments is not None:
-        mask &= q_segments[:, :, None] == kv_segments[:, None, :]
+        mask = mask & (q_segments[:, :, None] == kv_segments[:, None, :])
     return mask

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from slm_jax.models.hf.fields import Fields
 from slm_jax.models.hf import plans, rules
-from slm_jax.models.hf.rules import Rule
+from slm_jax.models.hf.fields import Fields
 from slm_jax.nn.norm import NormConfig
 
 
@@ -20,7 +19,7 @@ class Family:
 
     architecture: str
     """Name of its causal language model."""
-    rules: tuple[Rule, ...]
+    rules: rules.Rules
     """Weights of a layer."""
     keys: tuple[str, ...]
     """Fields that the class has besides `configs.COMMON_KEYS`; it ignores others, and so do we."""
@@ -43,80 +42,85 @@ class Family:
     """How experts are weighted; renormalised too where `norm_topk_prob` is true."""
     experts_key: str = "num_experts"
     activation_key: str = "hidden_act"
-    activations: Mapping[str, str] = field(default_factory=dict)
+    activations: Mapping[str, Literal["gelu_tanh"]] = field(default_factory=dict)
     """Names of activations that this class reads in its own way."""
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-    rope_aliases: tuple[str, ...] = ()
-    """Old names of longrope."""
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names of rope types that this class reads in its own way."""
     whole_heads: bool = False
     """The class refuses a width that is not a multiple of the heads, whatever `head_dim` is."""
+    ssm_keys: Mapping[str, str] = field(default_factory=dict)
+    """Names of the fields of `MambaConfig`, and of `expand` = d_inner / width."""
+    inner_norms: bool = False
     layers: str = "model.layers"
     embed: str = "model.embed_tokens"
     final_norm: str = "model.norm"
 
 
-_DENSE = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "intermediate_size",
-    "hidden_act",
-    "rope_parameters",
-)
+_ATTENTION = ("num_attention_heads", "num_key_value_heads", "rope_parameters")
+_BLOCK = (*_ATTENTION, "rms_norm_eps", "intermediate_size", "hidden_act")
+_EXPERTS = ("num_experts", "num_experts_per_tok")
+_LOCAL_EXPERTS = ("num_local_experts", "num_experts_per_tok")
 _WINDOWS = ("sliding_window", "use_sliding_window", "layer_types")
-_QWEN_WINDOWS = {"sliding_window": 4096, "max_window_layers": 28}
+_QWEN = (*_BLOCK, *_WINDOWS, "max_window_layers")
+_QWEN_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
+_MAMBA = {
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "dt_rank": "time_step_rank",
+    "conv_bias": "use_conv_bias",
+    "proj_bias": "use_bias",
+}
+_JAMBA = {name: f"mamba_{name}" for name in _MAMBA}
+_GEMMA_ONLY = {"use_bidirectional_attention": (None, False)}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
         rules.LLAMA,
-        (*_DENSE, "head_dim", "attention_bias", "mlp_bias"),
+        (*_BLOCK, "head_dim", "attention_bias", "mlp_bias"),
         whole_heads=True,
     ),
     "mistral": Family(
         "MistralForCausalLM",
         rules.LLAMA,
-        (*_DENSE, "head_dim", "sliding_window"),
+        (*_BLOCK, "head_dim", "sliding_window"),
         defaults={"sliding_window": 4096},
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         rules.LLAMA,
-        (*_DENSE, *_WINDOWS, "max_window_layers"),
+        _QWEN,
         plans.qwen,
-        defaults=_QWEN_WINDOWS,
+        defaults=_QWEN_DEFAULTS,
         qkv_bias=True,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        (*rules.LLAMA, *rules.QK_NORM),
-        (*_DENSE, *_WINDOWS, "max_window_layers", "head_dim", "attention_bias"),
+        rules.LLAMA,
+        (*_QWEN, "head_dim", "attention_bias"),
         plans.qwen,
-        defaults={**_QWEN_WINDOWS, "head_dim": 128},
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
         qk_norm="head",
     ),
     "gemma": Family(
         "GemmaForCausalLM",
         rules.LLAMA,
-        (*_DENSE, "head_dim", "attention_bias"),
+        (*_BLOCK, "head_dim", "attention_bias"),
         defaults={"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
-        only={"use_bidirectional_attention": (None, False)},
+        only=_GEMMA_ONLY,
         norm=NormConfig(scale="unit_offset"),
         scaled_embedding=True,
-        activations={"gelu": "gelu_tanh"},  # the first published configurations
+        activations={"gelu": "gelu_tanh"},  # as the first published configurations say it
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
+        rules.GEMMA2,
         (
-            *rules.ATTENTION,
-            *rules.gated("mlp"),
-            *rules.norm("input_layernorm", "mixer_norm"),
-            *rules.norm("post_attention_layernorm", "mixer_post_norm"),
-            *rules.norm("pre_feedforward_layernorm", "channel_norm"),
-            *rules.norm("post_feedforward_layernorm", "channel_post_norm"),
-        ),
-        (
-            *(key for key in _DENSE if key != "hidden_act"),
+            *_ATTENTION,
+            "rms_norm_eps",
+            "intermediate_size",
             "hidden_activation",
             "head_dim",
             "attention_bias",
@@ -132,12 +136,12 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
             "hidden_activation": "gelu_pytorch_tanh",
             "sliding_window": 4096,
-            "use_sliding_window": True,
+            "use_sliding_window": True,  # the class has no such field
             "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
-        only={"use_bidirectional_attention": (None, False)},
+        only=_GEMMA_ONLY,
         norm=NormConfig(scale="unit_offset"),
         norm_position="sandwich",
         scaled_embedding=True,
@@ -146,22 +150,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        (
-            *rules.linear("self_attn.qkv_proj", "mixer.q", "mixer.k", "mixer.v"),
-            *rules.linear("self_attn.o_proj", "mixer.out"),
-            *rules.linear("mlp.gate_up_proj", "channel.gate", "channel.up"),
-            *rules.linear("mlp.down_proj", "channel.down"),
-            *rules.PRE_NORMS,
-        ),
-        (*_DENSE, "sliding_window", "partial_rotary_factor", "original_max_position_embeddings"),
+        rules.PHI3,
+        (*_BLOCK, "sliding_window", "partial_rotary_factor", "original_max_position_embeddings"),
         defaults={"original_max_position_embeddings": 4096},
         rope_types=("default", "longrope"),
-        rope_aliases=("su", "yarn"),
+        rope_aliases={"su": "longrope", "yarn": "longrope"},
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
         rules.MIXTRAL,
-        (*_DENSE, "head_dim", "sliding_window", "num_local_experts", "num_experts_per_tok"),
+        (*_BLOCK, *_LOCAL_EXPERTS, "head_dim", "sliding_window"),
         plans.sparse,
         defaults={"rope_theta": 1e6},
         routing="renormalised",
@@ -171,13 +169,12 @@ FAMILIES: dict[str, Family] = {
         "PhimoeForCausalLM",
         rules.MIXTRAL,
         (
-            *_DENSE,
+            *_BLOCK,
+            *_LOCAL_EXPERTS,
             "sliding_window",
-            "num_local_experts",
-            "num_experts_per_tok",
-            "router_jitter_noise",
             "attention_bias",
             "lm_head_bias",
+            "router_jitter_noise",
         ),
         plans.sparse,
         defaults={"rope_theta": 1e6},
@@ -188,28 +185,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
-        (
-            *rules.ATTENTION,
-            *rules.QK_NORM,
-            *rules.linear("mlp.gate", "channel.router"),
-            *rules.gated("mlp.experts.{expert}"),
-            *rules.PRE_NORMS,
-        ),
-        (*_DENSE, "attention_bias", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+        rules.OLMOE,
+        (*_BLOCK, *_EXPERTS, "attention_bias", "norm_topk_prob"),
         plans.sparse,
         only={"clip_qkv": (None,)},
         qk_norm="full",
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
-        (
-            *rules.ATTENTION,
-            *rules.QK_NORM,
-            *rules.gated("mlp"),
-            *rules.norm("post_attention_layernorm", "mixer_post_norm"),
-            *rules.norm("post_feedforward_layernorm", "channel_post_norm"),
-        ),
-        (*_DENSE, "attention_bias"),
+        rules.OLMO2,
+        (*_BLOCK, "attention_bias"),
         norm_position="post",
         qk_norm="full",
     ),
@@ -217,7 +202,7 @@ FAMILIES: dict[str, Family] = {
         "SmolLM3ForCausalLM",
         rules.LLAMA,
         (
-            *_DENSE,
+            *_BLOCK,
             *_WINDOWS,
             "attention_bias",
             "mlp_bias",
@@ -234,24 +219,38 @@ FAMILIES: dict[str, Family] = {
     ),
     "mamba": Family(
         "MambaForCausalLM",
-        (*rules.ssm("mixer"), *rules.norm("norm", "mixer_norm")),
+        rules.MAMBA,
         (
             "layer_norm_epsilon",
-            "state_size",
-            "expand",
-            "conv_kernel",
-            "time_step_rank",
-            "use_bias",
-            "use_conv_bias",
-            "residual_in_fp32",
             "hidden_act",
+            "residual_in_fp32",
+            *_MAMBA.values(),
         ),
         plans.mamba,
         defaults={"tie_word_embeddings": True},
         only={"hidden_act": ("silu",)},
+        ssm_keys=_MAMBA,
         eps_key="layer_norm_epsilon",
         layers="backbone.layers",
         embed="backbone.embeddings",
         final_norm="backbone.norm_f",
+    ),
+    "jamba": Family(
+        "JambaForCausalLM",
+        rules.JAMBA,
+        (
+            *(key for key in _BLOCK if key != "rope_parameters"),
+            *_EXPERTS,
+            "attn_layer_period",
+            "attn_layer_offset",
+            "expert_layer_period",
+            "expert_layer_offset",
+            *_JAMBA.values(),
+        ),
+        plans.jamba,
+        only={"hidden_act": ("silu",)},
+        ssm_keys=_JAMBA,
+        inner_norms=True,
+        final_norm="model.final_layernorm",
     ),
 }

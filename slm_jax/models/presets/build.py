@@ -20,6 +20,8 @@ from slm_jax.nn.ssm import MambaConfig
 BYTE_VOCABULARY = 257
 """The byte tokenizer's: 256 bytes and the end of the text."""
 
+_ROPE = RopeConfig()
+
 
 def dense(
     d_model: int,
@@ -30,7 +32,7 @@ def dense(
     *,
     vocab_size: int = BYTE_VOCABULARY,
     head_dim: int | None = None,
-    rope: RopeConfig | None = RopeConfig(),
+    rope: RopeConfig | None = _ROPE,
     window: int | None = None,
     qk_norm: Literal["head", "full"] | None = None,
     qkv_bias: bool = False,
@@ -56,7 +58,13 @@ def dense(
         UserError: if the heads do not divide the width or each other.
     """
     attention = _attention(
-        d_model, n_heads, n_kv_heads, head_dim, rope=rope, window=window, qk_norm=qk_norm,
+        d_model,
+        n_heads,
+        n_kv_heads,
+        head_dim,
+        rope=rope,
+        window=window,
+        qk_norm=qk_norm,
         qkv_bias=qkv_bias,
     )
     layer = LayerConfig(attention, MLPConfig(_d_ff(d_model, d_ff)))
@@ -75,7 +83,7 @@ def moe(
     dispatch: Literal["dropless", "capacity"] = "dropless",
     vocab_size: int = BYTE_VOCABULARY,
     head_dim: int | None = None,
-    rope: RopeConfig | None = RopeConfig(),
+    rope: RopeConfig | None = _ROPE,
     **model: Any,
 ) -> LMConfig:
     """`dense` with every MLP a mixture of experts, routed as in Mixtral (arXiv 2401.04088).
@@ -107,7 +115,7 @@ def mamba(
     n_layers: int,
     *,
     d_state: int = 16,
-    expand: int = 2,
+    expand: float = 2,
     vocab_size: int = BYTE_VOCABULARY,
     **model: Any,
 ) -> LMConfig:
@@ -121,7 +129,7 @@ def mamba(
         vocab_size: default that of the byte tokenizer.
         **model: further fields of `LMConfig`.
     """
-    layer = LayerConfig(MambaConfig(expand * d_model, d_state), None)
+    layer = LayerConfig(MambaConfig(round(expand * d_model), d_state), None)
     return LMConfig(vocab_size, d_model, n_layers, (layer,), **model)
 
 

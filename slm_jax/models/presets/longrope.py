@@ -2,6 +2,8 @@
 
 from slm_jax.nn.rope import LongRopeScaling
 
+# fmt: off
+
 # microsoft/Phi-4-mini-instruct: 48 frequencies (96 of 128 head dimensions rotate). Its config gives
 # no attention factor; then it is sqrt(1 + ln(131072 / 4096) / ln 4096) as in the LongRoPE paper.
 PHI_4_MINI = LongRopeScaling(
@@ -18,8 +20,8 @@ PHI_4_MINI = LongRopeScaling(
     attention_factor=1.1902380714238083,
 )
 
-# microsoft/Phi-3.5-MoE-instruct: 64 frequencies, to the last digit of the config, which holds float32
-# roundings of numbers of two decimals. short_mscale = long_mscale is the attention factor.
+# microsoft/Phi-3.5-MoE-instruct: 64 frequencies, to the last digit of the config, which holds
+# float32 roundings of numbers of two decimals. short_mscale = long_mscale is the attention factor.
 PHI_3_5_MOE = LongRopeScaling(
     short_factor=(
         1.0, *(1.0399999618530273,) * 3, *(1.0499999523162842,) * 10, 1.059999942779541,

@@ -1,0 +1,225 @@
+"""Which architecture learns text best at equal size: dense GQA, MoE top-2, Mamba or a hybrid?
+
+    python experiments/ablate_architectures.py                          # tinyshakespeare, minutes
+    python experiments/ablate_architectures.py --match flops --steps 2000 --seeds 3
+
+Every architecture is a function of a width; a solver picks the width at which it has the
+parameters (or the FLOPs a token) of the dense reference. Each learning rate of a small grid is tried
+on the first seed, the best one is repeated on the others. Every run resumes where it stopped.
+
+Expected at the default size (about 0.4 M parameters, 0.3 M bytes of tinyshakespeare, 2 CPU cores):
+all four at least 0.2 nats a byte below a byte bigram; the scans ahead of attention, as at this scale
+in arXiv 2312.00752 (figure 4); MoE level with dense at far fewer FLOPs a token. The measured table
+is in the README.
+
+Adding a fifth architecture is one line in `ARCHITECTURES`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from report import Measured, write_report
+from rich.console import Console
+
+from slm_jax.cli import parse
+from slm_jax.data import Corpus, DataConfig, bigram_loss, open_data
+from slm_jax.errors import UserError
+from slm_jax.models.lm import LMConfig
+from slm_jax.models.presets import dense, hybrid, mamba, moe, summary
+from slm_jax.parallel import MeshConfig
+from slm_jax.train.experiment import Experiment, Result, run
+from slm_jax.train.loop import DivergedError, LoopConfig
+from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
+
+# (width, layers, e) -> model. `e` is near 1 and stretches the inner width, so that the solver can
+# match a size to a fraction of a percent.
+ARCHITECTURES: dict[str, Callable[[int, int, float], LMConfig]] = {
+    "dense": lambda d, n, e: dense(d, n, 4, 2, round(e * d * 8 / 3), scan_unroll=n),
+    "moe": lambda d, n, e: moe(d, n, 4, 2, round(e * d / 2), n_experts=8, scan_unroll=n),
+    "mamba": lambda d, n, e: mamba(d, 2 * n, expand=2 * e),
+    "hybrid": lambda d, n, e: hybrid(
+        d, n, 4, 2, round(e * d * 2), attention_period=min(n, 8), attention_offset=min(n, 8) // 2
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Trains several architectures of one size on one text and compares them."""
+
+    architectures: tuple[str, ...] = tuple(ARCHITECTURES)
+    """Which to compare."""
+    match: Literal["parameters", "flops"] = "parameters"
+    """What is equal: parameters, or training FLOPs a token."""
+    width: int = 96
+    """Width of the dense model that sets the size."""
+    layers: int = 4
+    """Layers of attention or scan with an MLP; Mamba has twice as many, without MLPs."""
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    """Grid tried on the first seed."""
+    seeds: int = 2
+    """Runs at the best learning rate."""
+    steps: int = 150
+    """Optimiser steps of a run."""
+    batch_size: int = 16
+    """Rows a step."""
+    seq_len: int = 128
+    """Tokens a row."""
+    warmup_steps: int = 15
+    """Steps of linear warm-up."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule, the same for all."""
+    data: DataConfig = DataConfig()
+    """Text and tokenizer."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    loop: LoopConfig = LoopConfig()
+    """Logging, evaluation, checkpoints."""
+    out: Path = Path("runs/ablate_architectures")
+    """Folder of the report and of one run folder a run."""
+    overwrite: bool = False
+    """Train again what is in the folder already."""
+
+    def __post_init__(self) -> None:
+        for name in self.architectures:
+            if name not in ARCHITECTURES:
+                raise UserError(
+                    f"architectures={name!r} is unknown: choose from {', '.join(ARCHITECTURES)}"
+                )
+        if not self.architectures or not self.learning_rates or self.seeds < 1:
+            raise UserError("architectures, learning_rates and seeds must not be empty")
+
+
+def solve(
+    build: Callable[[int, int, float], LMConfig], layers: int, size: Callable[[LMConfig], float],
+    target: float,
+) -> LMConfig:
+    """The model of this family whose size is nearest to `target`.
+
+    First the width (a multiple of 8) at the family's usual proportions, then the inner width.
+
+    Raises:
+        UserError: if nothing comes within 2 %.
+    """
+
+    def error(model: LMConfig) -> float:
+        return abs(math.log(size(model) / target))
+
+    widths = range(16, 8192, 8)
+    low, high = 0, len(widths) - 1
+    while low < high:  # sizes grow with the width
+        middle = (low + high) // 2
+        low, high = (
+            (middle + 1, high) if size(build(widths[middle], layers, 1.0)) < target
+            else (low, middle)
+        )
+    near = [widths[i] for i in {max(low - 1, 0), low}]
+    stretches = [1 + s / 100 for k in range(31) for s in {k, -k}]
+    best = min((build(d, layers, e) for d in near for e in stretches), key=error)
+    if error(best) > 0.02:
+        raise UserError(
+            f"no width gives {target:,.0f}; the nearest has {size(best):,.0f}: change --width"
+        )
+    return best
+
+
+def models(config: Ablation, vocab_size: int) -> dict[str, LMConfig]:
+    """One model an architecture, all of the size of the dense reference."""
+
+    def size(model: LMConfig) -> float:
+        sizes = summary(model, config.seq_len)
+        return sizes.total if config.match == "parameters" else sizes.training_flops
+
+    def fitted(model: LMConfig) -> LMConfig:
+        return replace(model, vocab_size=vocab_size, max_seq_len=config.seq_len)
+
+    target = size(fitted(ARCHITECTURES["dense"](config.width, config.layers, 1.0)))
+    return {
+        name: solve(
+            lambda d, n, e, build=ARCHITECTURES[name]: fitted(build(d, n, e)),
+            config.layers,
+            size,
+            target,
+        )
+        for name in config.architectures
+    }
+
+
+def measure(
+    config: Ablation, name: str, model: LMConfig, corpus: Corpus, console: Console
+) -> Measured:
+    """Runs the grid and the seeds of one architecture."""
+
+    def one(learning_rate: float, seed: int) -> Result | None:
+        experiment = Experiment(
+            model=model,
+            data=config.data,
+            optimizer=config.optimizer,
+            schedule=ScheduleConfig(learning_rate, warmup_steps=config.warmup_steps),
+            steps=config.steps,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            seed=seed,
+            mesh=config.mesh,
+            loop=config.loop,
+            out=config.out / name / f"lr{learning_rate:g}-seed{seed}",
+            overwrite=config.overwrite,
+        )
+        try:
+            result = run(experiment, corpus)
+        except DivergedError as error:
+            console.print(f"{name}: {error}")
+            return None
+        console.print(
+            f"{name:>8}  lr {learning_rate:<7g} seed {seed}  held-out loss "
+            f"{result.valid_loss:.4f}  {result.tokens_per_second:,.0f} tokens/s",
+            highlight=False,
+        )
+        return result
+
+    grid = {rate: one(rate, 0) for rate in config.learning_rates}
+    finished = {rate: result for rate, result in grid.items() if result is not None}
+    if not finished:
+        raise DivergedError(
+            f"{name}: every learning rate of {config.learning_rates} diverged: lower them"
+        )
+    best = min(finished, key=lambda rate: finished[rate].valid_loss)
+    repeats = [finished[best], *(one(best, seed) for seed in range(1, config.seeds))]
+    return Measured(
+        name=name,
+        model=model,
+        best_learning_rate=best,
+        grid={rate: r.valid_loss if r else math.inf for rate, r in grid.items()},
+        results=[r for r in repeats if r is not None],
+        seq_len=config.seq_len,
+        tokens_per_step=config.batch_size * config.seq_len,
+    )
+
+
+def main() -> None:
+    """Runs the ablation from the command line."""
+    config = parse(Ablation, Ablation(), description=__doc__)
+    console = Console()
+    corpus = open_data(config.data)
+    bigram = bigram_loss(corpus)
+    built = models(config, corpus.tokenizer.vocab_size)
+    for name, model in built.items():
+        sizes = summary(model, config.seq_len)
+        console.print(
+            f"{name:>8}  width {model.d_model}, {model.n_layers} layers, {sizes.total:,} "
+            f"parameters ({sizes.active:,} active), {sizes.training_flops / 1e6:.2f} MFLOP a token",
+            highlight=False,
+        )
+    measured = [measure(config, name, model, corpus, console) for name, model in built.items()]
+    write_report(
+        config.out, measured, bytes_per_token=corpus.bytes_per_token, bigram=bigram,
+        console=console, title=f"{corpus.name}: architectures at equal {config.match}",
+        command="python experiments/ablate_architectures.py",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""What an ablation leaves behind: a table on screen, report.md, report.png and report.jsonl."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from slm_jax.models.lm import LMConfig
+from slm_jax.models.presets import state_bytes, summary
+from slm_jax.train.experiment import Result
+from slm_jax.train.metrics import bits_per_byte, read_metrics
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One architecture, measured.
+
+    Attributes:
+        name: of the architecture.
+        model: its configuration.
+        best_learning_rate: of the grid, by held-out loss on the first seed.
+        grid: held-out loss by learning rate, infinite if it diverged.
+        results: one a seed, at the best learning rate.
+        seq_len: tokens of a row, for the FLOPs.
+        tokens_per_step: tokens of a batch.
+    """
+
+    name: str
+    model: LMConfig
+    best_learning_rate: float
+    grid: dict[float, float]
+    results: list[Result]
+    seq_len: int
+    tokens_per_step: int
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Held-out nats a token, one a seed."""
+        return np.array([r.valid_loss for r in self.results])
+
+
+def interval(values: np.ndarray) -> float:
+    """Half-width of the 95 % Student-t interval of the mean; NaN for a single value."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def row(m: Measured, bytes_per_token: float, bigram: float) -> dict[str, object]:
+    """Every figure of one architecture, for the table and for report.jsonl."""
+    sizes = summary(m.model, m.seq_len)
+    loss = float(m.losses.mean())
+    rates = sorted(m.grid)
+    return {
+        "architecture": m.name,
+        "loss": loss,
+        "loss_interval": interval(m.losses),
+        "bits_per_byte": bits_per_byte(loss, bytes_per_token),
+        "bits_per_byte_interval": bits_per_byte(interval(m.losses), bytes_per_token),
+        "below_bigram_nats_per_byte": bigram - loss / bytes_per_token,
+        "best_learning_rate": m.best_learning_rate,
+        "best_at_edge_of_grid": len(rates) > 1 and m.best_learning_rate in (rates[0], rates[-1]),
+        "grid": {f"{rate:g}": value for rate, value in m.grid.items()},
+        "seeds": len(m.results),
+        "parameters": sizes.total,
+        "active_parameters": sizes.active,
+        "training_flops_per_token": sizes.training_flops,
+        "tokens": m.results[0].tokens,
+        "tokens_per_second": float(np.median([r.tokens_per_second for r in m.results])),
+        "compile_seconds": m.results[0].compile_seconds,
+        "memory_bytes": m.results[0].memory_bytes,
+        "state_bytes_per_token_1k": state_bytes(m.model, 1024) / 1024,
+        "state_bytes_per_token_32k": state_bytes(m.model, 32768) / 32768,
+        "runs": [r.out for r in m.results],
+    }
+
+
+_COLUMNS = (
+    ("architecture", lambda r: r["architecture"]),
+    ("loss (nats/token)", lambda r: f"{r['loss']:.3f} ± {r['loss_interval']:.3f}"),
+    ("bits/byte", lambda r: f"{r['bits_per_byte']:.3f} ± {r['bits_per_byte_interval']:.3f}"),
+    ("best lr", lambda r: f"{r['best_learning_rate']:g}" + "*" * r["best_at_edge_of_grid"]),
+    ("parameters", lambda r: f"{r['parameters']:,}"),
+    ("active", lambda r: f"{r['active_parameters']:,}"),
+    ("MFLOP/token", lambda r: f"{r['training_flops_per_token'] / 1e6:.2f}"),
+    ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}"),
+    ("compile s", lambda r: f"{r['compile_seconds']:.1f}"),
+    ("peak MB", lambda r: f"{r['memory_bytes'] / 1e6:.0f}"),
+    ("state B/token 1k", lambda r: f"{r['state_bytes_per_token_1k']:,.0f}"),
+    ("32k", lambda r: f"{r['state_bytes_per_token_32k']:,.0f}"),
+)
+
+
+def write_report(
+    out: Path,
+    measured: list[Measured],
+    *,
+    bytes_per_token: float,
+    bigram: float,
+    console: Console,
+    title: str,
+    command: str,
+) -> None:
+    """Prints the table and writes report.md, report.png and report.jsonl into `out`.
+
+    Args:
+        out: folder.
+        measured: one entry an architecture.
+        bytes_per_token: of the held-out text.
+        bigram: held-out loss of a byte bigram, nats a byte.
+        console: where the table is printed.
+        title: of the report.
+        command: what makes this report again.
+    """
+    rows = [row(m, bytes_per_token, bigram) for m in measured]
+    rows.sort(key=lambda r: r["loss"])
+    (out / "report.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    _plot(out / "report.png", measured, title)
+
+    notes = [
+        f"Held-out loss, mean over {rows[0]['seeds']} seeds with the 95 % Student-t interval of "
+        "the mean, at the learning rate that was best on the first seed.",
+        f"A byte bigram has {bigram:.3f} nats/byte on the same text.",
+        "MFLOP/token is a training step's (3 x forward); peak MB is the compiler's figure for one "
+        "step; state is what decoding keeps a row, over the tokens seen.",
+    ]
+    if any(r["best_at_edge_of_grid"] for r in rows):
+        notes.append("* the best learning rate is at the edge of its grid: widen --learning-rates.")
+    table = Table(title=title)
+    for heading, _ in _COLUMNS:
+        table.add_column(heading, justify="left" if heading == "architecture" else "right")
+    cells = [[str(cell(r)) for _, cell in _COLUMNS] for r in rows]
+    for line in cells:
+        table.add_row(*line)
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
+
+    def markdown(values: list[str]) -> str:
+        return "| " + " | ".join(values) + " |\n"
+
+    text = f"# {title}\n\n`{command}`\n\n" + markdown([h for h, _ in _COLUMNS])
+    text += markdown(["---"] * len(_COLUMNS)) + "".join(markdown(line) for line in cells)
+    text += "\n" + "\n".join(f"- {note}" for note in notes) + "\n\n![loss against FLOPs](report.png)\n"
+    text += "\nLearning-rate grid (held-out loss, first seed):\n\n"
+    for r in rows:
+        grid = ", ".join(f"{rate}: {loss:.3f}" for rate, loss in r["grid"].items())
+        text += f"- {r['architecture']}: {grid}\n"
+    (out / "report.md").write_text(text)
+    console.print(f"report: {out / 'report.md'}, {out / 'report.png'}, {out / 'report.jsonl'}")
+
+
+def _plot(file: Path, measured: list[Measured], title: str) -> None:
+    """Training loss (each batch is new text) against FLOPs, a band from lowest to highest seed."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
+    for m in measured:
+        curves = [_curve(Path(r.out)) for r in m.results]
+        steps, losses = curves[0][0], np.stack([c[1] for c in curves])
+        flops = summary(m.model, m.seq_len).training_flops * m.tokens_per_step * steps
+        (line,) = axes.plot(flops, losses.mean(axis=0), label=m.name)
+        axes.fill_between(
+            flops, losses.min(axis=0), losses.max(axis=0), color=line.get_color(), alpha=0.25, lw=0
+        )
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="loss (nats/token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Steps done and losses of a run, averaged over windows of a thirtieth of it."""
+    records = [r for r in read_metrics(folder) if "nll" in r]
+    steps = np.array([r["step"] + 1 for r in records])
+    losses = np.array([r["nll"] for r in records])
+    width = max(1, len(losses) // 30)
+    kept = len(losses) // width * width
+    return (
+        steps[:kept].reshape(-1, width).mean(axis=1),
+        losses[:kept].reshape(-1, width).mean(axis=1),
+    )

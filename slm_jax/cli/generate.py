@@ -1,0 +1,131 @@
+"""`slm generate`: continues prompts with a trained model."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import tokenizers
+import tyro
+
+from slm_jax.cli.script import parse
+from slm_jax.data import Tokenizer, load_tokenizer
+from slm_jax.errors import UserError
+from slm_jax.infer import Sampling, generate, stream
+from slm_jax.models.hf import load_hf
+from slm_jax.models.lm import LM
+from slm_jax.train.experiment import CONFIG_FILE, load_experiment, load_model
+
+# What an unfinished character decodes to: at most three bytes, one replacement each at worst.
+_UNFINISHED, _MOST_UNFINISHED = "\ufffd", 3
+# A model of bytes can draw any control character; a terminal would obey it.
+_CONTROLS = {i: _UNFINISHED for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continues texts with a trained model: one as it is drawn, several one after another."""
+
+    model: tyro.conf.Positional[Path]
+    """Folder of a training run, or of a Hugging Face model with its tokenizer.json."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; give it several times for several texts."""
+    max_new_tokens: int = 200
+    """Most tokens to add."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Keeps the k likeliest tokens."""
+    top_p: float | None = None
+    """Keeps the fewest tokens that together have at least this probability."""
+    seed: int = 0
+    """Source of the randomness."""
+    ema: bool = False
+    """Use the average of the weights that the run kept."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt or "" in self.prompt:
+            raise UserError(f'prompt={self.prompt!r}: give a text to continue: --prompt "Once"')
+
+
+def command(args: Sequence[str]) -> None:
+    """Loads the model and prints prompts and continuations."""
+    config = parse(Generate, args=args, prog="slm generate")
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    model, tokenizer, prefix = _load(config)
+    prompts = [np.concatenate([prefix, tokenizer.encode(text)]) for text in config.prompt]
+    limit, key = config.max_new_tokens, jax.random.key(config.seed)
+    eos = tokenizer.eos_id
+    if len(prompts) == 1:
+        tokens = stream(
+            model, prompts, max_new_tokens=limit, sampling=sampling, eos_id=eos, key=key
+        )
+        _write(text_pieces(tokenizer, prompts[0], (int(row[0]) for row in tokens)))
+        return
+    drawn = generate(model, prompts, max_new_tokens=limit, sampling=sampling, eos_id=eos, key=key)
+    for i, (prompt, row) in enumerate(zip(prompts, drawn, strict=True)):
+        print(f"{'' if i == 0 else chr(10)}[{i + 1}]")
+        _write(text_pieces(tokenizer, prompt, row.tolist()))
+
+
+def text_pieces(tokenizer: Tokenizer, prompt: np.ndarray, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of `prompt`, then of every token as soon as it is certain.
+
+    The pieces add up to `tokenizer.decode` of everything: the bytes of an unfinished character are
+    held back until it is complete or cannot be. An id that the tokenizer does not have, where the
+    model's vocabulary is larger, shows as U+FFFD.
+
+    Args:
+        tokenizer: decodes.
+        prompt: `[n]` token ids.
+        tokens: what follows, one id at a time.
+    """
+    ids, shown = prompt.tolist(), 0
+    text = tokenizer.decode(ids)
+    yield text
+    shown = len(text)
+    for token in tokens:
+        if token >= tokenizer.vocab_size:
+            yield tokenizer.decode(ids)[shown:] + _UNFINISHED
+            ids, shown = [], 0
+            continue
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        tail = text[-_MOST_UNFINISHED:]
+        certain = len(text) - (len(tail) - len(tail.rstrip(_UNFINISHED)))
+        if certain > shown:
+            yield text[shown:certain]
+            shown = certain
+    yield tokenizer.decode(ids)[shown:]
+
+
+def _write(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece.translate(_CONTROLS))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _load(config: Generate) -> tuple[LM, Tokenizer, np.ndarray]:
+    """Model, tokenizer, and the ids (int32) that the model expects before every text."""
+    folder = config.model
+    if not _is_hf(folder):
+        tokenizer = load_tokenizer(load_experiment(folder).data.tokenizer)
+        return load_model(folder, ema=config.ema)[0], tokenizer, np.zeros(0, np.int32)
+    if config.ema:
+        raise UserError(f"ema=True: {folder} is a Hugging Face model and holds one set of weights")
+    file = folder / "tokenizer.json"
+    tokenizer = load_tokenizer(str(file))
+    # What its post-processor puts around an empty text: the beginning of text, if it has one.
+    prefix = tokenizers.Tokenizer.from_file(str(file)).encode("").ids
+    return load_hf(folder), tokenizer, np.asarray(prefix, np.int32)
+
+
+def _is_hf(folder: Path) -> bool:
+    try:
+        return "model_type" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # `load_experiment` says what is wrong
