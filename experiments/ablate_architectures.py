@@ -4,27 +4,27 @@
     python experiments/ablate_architectures.py --match flops --steps 2000 --seeds 3
 
 Every architecture is a function of a width; a solver picks the width at which it has the
-parameters (or the FLOPs a token) of the dense reference. Each learning rate of a small grid is tried
-on the first seed, the best one is repeated on the others. Every run resumes where it stopped.
+parameters (or the FLOPs a token) of the dense reference. Each learning rate of a small grid is
+tried on the first seed, the best one is repeated on the others. Every run resumes where it stopped.
 
-Expected at the default size (about 0.4 M parameters, 0.3 M bytes of tinyshakespeare, 2 CPU cores):
-all four at least 0.2 nats a byte below a byte bigram; the scans ahead of attention, as at this scale
-in arXiv 2312.00752 (figure 4); MoE level with dense at far fewer FLOPs a token. The measured table
-is in the README.
+Expected at the default size (about 0.4 M parameters, 0.2 M bytes of tinyshakespeare, 2 CPU cores):
+all four at least 0.2 nats a byte below a byte bigram; the scans ahead of attention, as at this
+scale in arXiv 2312.00752 (figure 4). The measured table is in the README.
 
 Adding a fifth architecture is one line in `ARCHITECTURES`.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from report import Measured, write_report
+from ablation_report import Measured, write_report
 from rich.console import Console
 
-from slm_jax.cli import parse
+from slm_jax import cli
 from slm_jax.data import Corpus, DataConfig, bigram_loss, open_data
 from slm_jax.errors import UserError
 from slm_jax.models.lm import LMConfig
@@ -94,7 +94,9 @@ class Ablation:
 
 
 def solve(
-    build: Callable[[int, int, float], LMConfig], layers: int, size: Callable[[LMConfig], float],
+    build: Callable[[int, int, float], LMConfig],
+    layers: int,
+    size: Callable[[LMConfig], float],
     target: float,
 ) -> LMConfig:
     """The model of this family whose size is nearest to `target`.
@@ -113,7 +115,8 @@ def solve(
     while low < high:  # sizes grow with the width
         middle = (low + high) // 2
         low, high = (
-            (middle + 1, high) if size(build(widths[middle], layers, 1.0)) < target
+            (middle + 1, high)
+            if size(build(widths[middle], layers, 1.0)) < target
             else (low, middle)
         )
     near = [widths[i] for i in {max(low - 1, 0), low}]
@@ -138,12 +141,7 @@ def models(config: Ablation, vocab_size: int) -> dict[str, LMConfig]:
 
     target = size(fitted(ARCHITECTURES["dense"](config.width, config.layers, 1.0)))
     return {
-        name: solve(
-            lambda d, n, e, build=ARCHITECTURES[name]: fitted(build(d, n, e)),
-            config.layers,
-            size,
-            target,
-        )
+        name: fitted(solve(ARCHITECTURES[name], config.layers, lambda m: size(fitted(m)), target))
         for name in config.architectures
     }
 
@@ -199,9 +197,8 @@ def measure(
     )
 
 
-def main() -> None:
-    """Runs the ablation from the command line."""
-    config = parse(Ablation, Ablation(), description=__doc__)
+def main(config: Ablation) -> None:
+    """Runs the ablation and writes its report."""
     console = Console()
     corpus = open_data(config.data)
     bigram = bigram_loss(corpus)
@@ -209,17 +206,21 @@ def main() -> None:
     for name, model in built.items():
         sizes = summary(model, config.seq_len)
         console.print(
-            f"{name:>8}  width {model.d_model}, {model.n_layers} layers, {sizes.total:,} "
-            f"parameters ({sizes.active:,} active), {sizes.training_flops / 1e6:.2f} MFLOP a token",
+            f"{name:>8}  width {model.d_model:>3} x {model.n_layers} layers  {sizes.total:,} "
+            f"parameters  {sizes.training_flops / 1e6:.2f} MFLOP a token",
             highlight=False,
         )
     measured = [measure(config, name, model, corpus, console) for name, model in built.items()]
     write_report(
-        config.out, measured, bytes_per_token=corpus.bytes_per_token, bigram=bigram,
-        console=console, title=f"{corpus.name}: architectures at equal {config.match}",
+        config.out,
+        measured,
+        bytes_per_token=corpus.bytes_per_token,
+        bigram=bigram,
+        console=console,
+        title=f"{corpus.name}: architectures at equal {config.match}",
         command="python experiments/ablate_architectures.py",
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main, Ablation, description=__doc__))

@@ -1,3 +1,3 @@
-"""Small language models in JAX: train, compare architectures, fit scaling laws, compress, export."""
+"""Small language models in JAX: train them, compare their architectures, export them."""
 
 __version__ = "0.1.0"

@@ -33,7 +33,7 @@ def command(args: Sequence[str]) -> None:
     """Prints the parts of the forward pass, the training totals and ideal speeds."""
     name, rest = split_preset(args)
     config = parse(
-        Flops(preset(name)), description=DESCRIPTION, args=rest, prog=f"slm flops {name}"
+        Flops, Flops(preset(name)), description=DESCRIPTION, args=rest, prog=f"slm flops {name}"
     )
     length = config.model.max_seq_len if config.seq_len is None else config.seq_len
     out = console()
@@ -84,10 +84,7 @@ def _speeds(flops: float) -> Table:
     names: dict[Accelerator, list[str]] = {}
     for name, chip in PEAK_FLOPS.items():
         names.setdefault(chip, []).append(name)
-    table = Table(
-        title="training tokens/s of one chip, bfloat16, causal, remat not counted",
-        title_justify="left",
-    )
+    table = Table(title="training tokens/s of one chip in bfloat16, causal", title_justify="left")
     table.add_column("chip")
     for heading in ("peak FLOP/s", "100 % MFU", "40 % MFU"):
         table.add_column(heading, justify="right")

@@ -5,44 +5,45 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import tyro
 
 from slm_jax.errors import UserError
 
-T = TypeVar("T")
-
 DIVERGED = 44
 """Exit code of a run whose loss is no longer finite, for a launcher that must not repeat it."""
 
 
-def run(
+def run[T](
     main: Callable[[T], object],
-    config: T | type[T],
+    cls: type[T],
+    default: T | None = None,
     *,
     description: str | None = None,
     args: Sequence[str] | None = None,
 ) -> int:
-    """Calls `main` with the configuration that the command line describes.
+    """Calls `main` with the configuration that the command line gives.
 
         if __name__ == "__main__":
-            sys.exit(cli.run(main, Config(), description=__doc__))
+            sys.exit(cli.run(main, Config, description=__doc__))
 
     Args:
         main: the program.
-        config: the defaults, or a dataclass whose fields say them.
+        cls: a dataclass.
+        default: what holds where the command line says nothing; by default the fields' own.
         description: shown by `--help`; default the docstring of the dataclass.
         args: words after the program's name; default those of the process.
 
     Returns:
         The exit code: 0, 2 on a `UserError` (printed as one line), 44 on a `DivergedError`.
     """
-    return guarded(lambda: main(parse(config, description=description, args=args)))
+    return guarded(lambda: main(parse(cls, default, description=description, args=args)))
 
 
-def parse(
-    config: T | type[T],
+def parse[T](
+    cls: type[T],
+    default: T | None = None,
     *,
     description: str | None = None,
     args: Sequence[str] | None = None,
@@ -53,7 +54,8 @@ def parse(
     Where a field may hold one of several dataclasses, its default's class stays and has options.
 
     Args:
-        config: the defaults, or a dataclass whose fields say them.
+        cls: a dataclass.
+        default: what holds where the command line says nothing; by default the fields' own.
         description: shown by `--help`; default the docstring of the dataclass.
         args: words after the program's name; default those of the process.
         prog: name of the program; default the file that runs.
@@ -63,17 +65,16 @@ def parse(
         SystemExit: with 2 on an unknown option or a value of the wrong type, after saying so on
             stderr; with 0 after `--help`.
     """
-    default: Any = tyro.MISSING_NONPROP if isinstance(config, type) else config
+    start: Any = tyro.MISSING_NONPROP if default is None else default
     with _refusals_as_raised():
-        parsed = tyro.cli(
-            cast(type[T], config if isinstance(config, type) else type(config)),
-            default=default,
+        return tyro.cli(
+            cls,
+            default=start,
             description=description,
             args=args,
             prog=prog,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    return parsed
 
 
 def guarded(program: Callable[[], object]) -> int:

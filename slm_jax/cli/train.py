@@ -22,7 +22,9 @@ def command(args: Sequence[str]) -> None:
     """Trains what `args` describe and prints the result."""
     name, rest = split_preset(args)
     default = Experiment(model=preset(name), out=Path("runs") / name)
-    config = parse(default, description=DESCRIPTION, args=rest, prog=f"slm train {name}")
+    config = parse(
+        Experiment, default, description=DESCRIPTION, args=rest, prog=f"slm train {name}"
+    )
     size = summary(config.model, config.seq_len)
     tokens = config.steps * config.batch_size * config.seq_len
     if not config.loop.quiet:

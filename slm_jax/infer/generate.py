@@ -13,6 +13,8 @@ from slm_jax.models.lm import LM, State
 
 Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
 
+_PLAIN = Sampling()
+
 # Prompt and cache lengths are rounded up to this, so that few programs are compiled.
 _ROUND = 16
 
@@ -22,7 +24,7 @@ def generate(
     prompts: Prompts,
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = _PLAIN,
     eos_id: int | None = None,
     key: jax.Array,
 ) -> list[np.ndarray]:
@@ -56,7 +58,7 @@ def stream(
     prompts: Prompts,
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = _PLAIN,
     eos_id: int | None = None,
     key: jax.Array,
 ) -> Iterator[np.ndarray]:
@@ -130,8 +132,9 @@ def prefill(
     """
     # Padding gets negative positions, which see and are seen by nothing.
     positions = jnp.cumsum(segments, axis=1) - 1
-    state = model.init_state(tokens.shape[0], capacity)
-    x, _, state = model.hidden(tokens, positions=positions, segments=segments, state=state)
+    empty = model.init_state(tokens.shape[0], capacity)
+    x, _, state = model.hidden(tokens, positions=positions, segments=segments, state=empty)
+    assert state is not None
     return model.logits(x[:, -1:])[:, 0], state
 
 
@@ -150,8 +153,9 @@ def decode(
     Returns:
         Logits of the next token `[B, V]` float32, and the new state.
     """
-    logits, _, state = model(tokens[:, None], positions=positions[:, None], state=state)
-    return logits[:, 0], state
+    logits, _, new = model(tokens[:, None], positions=positions[:, None], state=state)
+    assert new is not None
+    return logits[:, 0], new
 
 
 _sample = jax.jit(sample, static_argnames="sampling")

@@ -15,19 +15,6 @@ from typing import Any, Literal
 
 from slm_jax.errors import UserError
 from slm_jax.models.lm import LMConfig
-from slm_jax.nn.attention import AttentionConfig
-from slm_jax.nn.block import LayerConfig
-from slm_jax.nn.mlp import MLPConfig
-from slm_jax.nn.moe import MoEConfig
-from slm_jax.nn.ssm import MambaConfig
-
-SCAN_FLOPS_PER_STATE = 7
-"""Operations of the selective scan on one state value: dt a, exp, decay h, (dt u) b, their sum,
-c h, and adding that up. It is the sequential recurrence of `slm_kernels.scan`, whatever kernel
-runs; the 9 often quoted (state-spaces/mamba issue 110) are those of a parallel prefix scan."""
-
-SCAN_FLOPS_PER_CHANNEL = 3
-"""And on one channel: dt u, d u, and adding the skip."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +31,10 @@ class FlopBreakdown:
     """Router logits, and the weighted sum of the chosen experts' outputs."""
     experts: float = 0.0
     """The top_k experts a token is sent to; neither capacity padding nor dropped tokens."""
-    ssm_projections: float = 0.0
+    recurrent_projections: float = 0.0
     """Input, gate, selection, step-size and output matrices of an SSM."""
-    ssm_scan: float = 0.0
-    """Convolution (2 x taps a channel) and scan (`SCAN_FLOPS_PER_STATE`)."""
+    recurrence: float = 0.0
+    """Convolution (2 x taps a channel) and scan (`slm_jax.nn.ssm.SCAN_FLOPS_PER_STATE`)."""
     head: float = 0.0
     """Logits, tied or not."""
 
@@ -58,14 +45,8 @@ class FlopBreakdown:
 
     @property
     def matmul(self) -> float:
-        """All matrix products: everything but `ssm_scan`."""
-        return self.total - self.ssm_scan
-
-
-def visible_keys(seq_len: int, window: int | None = None) -> float:
-    """Keys a causal query sees, itself included, on average over the positions of a row."""
-    w = seq_len if window is None else min(window, seq_len)
-    return (w * (w + 1) // 2 + (seq_len - w) * w) / seq_len
+        """All matrix products: everything but `recurrence`."""
+        return self.total - self.recurrence
 
 
 def forward_flops(config: LMConfig, seq_len: int, *, causal: bool = True) -> FlopBreakdown:
@@ -85,7 +66,11 @@ def forward_flops(config: LMConfig, seq_len: int, *, causal: bool = True) -> Flo
         raise UserError(f"seq_len={seq_len} must be at least 1")
     parts = dict.fromkeys((f.name for f in fields(FlopBreakdown)), 0.0)
     for i in range(config.n_layers):
-        for name, flops in _layer_flops(config.layer(i), config.d_model, seq_len, causal):
+        layer = config.layer(i)
+        found = layer.mixer.flops(config.d_model, seq_len, causal)
+        if layer.channel is not None:
+            found = found | layer.channel.flops(config.d_model)
+        for name, flops in found.items():
             parts[name] += flops
     parts["head"] += 2 * config.d_model * config.vocab_size
     return FlopBreakdown(**parts)
@@ -120,39 +105,11 @@ def training_flops(
     recomputed = {
         "none": 0.0,
         "full": forward.total - forward.head,
-        "dots": forward.attention_products + forward.experts + forward.ssm_scan,
+        "dots": forward.attention_products + forward.experts + forward.recurrence,
     }
     if remat not in recomputed:
         raise UserError(f"remat={remat!r} is not known: choose {', '.join(recomputed)}")
     return 3 * forward.total + recomputed[remat]
-
-
-def _layer_flops(
-    layer: LayerConfig, d_model: int, seq_len: int, causal: bool
-) -> list[tuple[str, float]]:
-    """Pairs of a part's name and its operations per token in one layer."""
-    found: list[tuple[str, float]] = []
-    match layer.mixer:
-        case AttentionConfig() as a:
-            width = a.n_heads * a.head_dim
-            heads = 2 * a.n_heads + 2 * a.n_kv_heads
-            keys = visible_keys(seq_len, a.window) if causal else seq_len
-            found.append(("attention_projections", 2 * d_model * heads * a.head_dim))
-            found.append(("attention_products", 4 * width * keys))
-        case MambaConfig() as m:
-            rank = m.resolved_dt_rank(d_model)
-            inputs_outputs = 3 * d_model * m.d_inner
-            selection = m.d_inner * (rank + 2 * m.d_state) + rank * m.d_inner
-            per_channel = 2 * m.d_conv + SCAN_FLOPS_PER_STATE * m.d_state + SCAN_FLOPS_PER_CHANNEL
-            found.append(("ssm_projections", 2 * (inputs_outputs + selection)))
-            found.append(("ssm_scan", per_channel * m.d_inner))
-    match layer.channel:
-        case MLPConfig() as f:
-            found.append(("mlp", 2 * d_model * f.d_ff * (3 if f.gated else 2)))
-        case MoEConfig() as e:
-            found.append(("router", 2 * d_model * (e.n_experts + e.top_k)))
-            found.append(("experts", 2 * d_model * e.d_ff * 3 * e.top_k))
-    return found
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class LM(nnx.Module):
     """
 
     def __init__(self, config: LMConfig, key: jax.Array) -> None:
-        """Initialises all weights from `key` (a typed PRNG key); traceable and `eval_shape`-able."""
+        """Initialises all weights from `key`, a typed PRNG key; can be traced and `eval_shape`d."""
         k_embed, k_blocks, k_tail, k_head = jax.random.split(key, 4)
         period = len(config.pattern)
         repeats, rest = divmod(config.n_layers, period)
@@ -95,9 +95,7 @@ class LM(nnx.Module):
             return Block(layer, config.d_model, config.norm, key=key, residual_scale=scale)
 
         self.config = config
-        self.embed = Embedding(
-            config.vocab_size, config.d_model, key=k_embed, std=config.init_std
-        )
+        self.embed = Embedding(config.vocab_size, config.d_model, key=k_embed, std=config.init_std)
         keys = jax.random.split(k_blocks, (period, max(repeats, 1)))
         self.blocks = nnx.List(
             [

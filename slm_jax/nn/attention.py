@@ -55,6 +55,34 @@ class AttentionConfig:
                 f"head_dim={self.head_dim}: rope rotates pairs, so head_dim x fraction must be even"
             )
 
+    @property
+    def out_fan_in(self) -> int:
+        """Inputs of the output projection."""
+        return self.n_heads * self.head_dim
+
+    def flops(self, d_model: int, seq_len: int, causal: bool) -> dict[str, float]:
+        """Forward operations a token by part of `FlopBreakdown`, on average over a row."""
+        heads = 2 * self.n_heads + 2 * self.n_kv_heads
+        keys = visible_keys(seq_len, self.window) if causal else seq_len
+        return {
+            "attention_projections": 2 * d_model * heads * self.head_dim,
+            "attention_products": 4 * self.n_heads * self.head_dim * keys,
+        }
+
+    def state_bytes(self, length: int, itemsize: int) -> int:
+        """Keys and values of one row after `length` tokens of `itemsize` bytes a number.
+
+        The position of each slot (4 bytes) is bookkeeping and not counted.
+        """
+        slots = length if self.window is None else min(length, self.window)
+        return 2 * slots * self.n_kv_heads * self.head_dim * itemsize
+
+
+def visible_keys(seq_len: int, window: int | None = None) -> float:
+    """Keys a causal query sees, itself included, on average over the positions of a row."""
+    w = seq_len if window is None else min(window, seq_len)
+    return (w * (w + 1) // 2 + (seq_len - w) * w) / seq_len
+
 
 class KVCache(NamedTuple):
     """Keys and values seen so far; with a window, a ring of the last ones.
@@ -76,7 +104,12 @@ class Attention(nnx.Module):
     """`mixer(x, positions, segments, state) -> (y, state)` by softmax attention."""
 
     def __init__(
-        self, config: AttentionConfig, d_model: int, norm: NormConfig, *, key: jax.Array,
+        self,
+        config: AttentionConfig,
+        d_model: int,
+        norm: NormConfig,
+        *,
+        key: jax.Array,
         out_std: float,
     ) -> None:
         sizes = {
@@ -148,16 +181,30 @@ class Attention(nnx.Module):
             q, k = (apply_rope(a, cos, sin, c.rope.layout) for a in (q, k))
         if state is None:
             y = attention(
-                q, k, v, q_positions=positions, kv_positions=positions, q_segments=segments,
-                kv_segments=segments, window=c.window, softcap=c.softcap, scale=c.scale,
+                q,
+                k,
+                v,
+                q_positions=positions,
+                kv_positions=positions,
+                q_segments=segments,
+                kv_segments=segments,
+                window=c.window,
+                softcap=c.softcap,
+                scale=c.scale,
             )
             return self.out(y), None
         positions = jnp.broadcast_to(positions, x.shape[:2])
         kv_positions = positions if segments is None else jnp.where(segments > 0, positions, -1)
         extended, keys = _extend(state, k, v, kv_positions, ring=c.window is not None)
         y = attention(
-            q, keys.k.astype(q.dtype), keys.v.astype(q.dtype), q_positions=positions,
-            kv_positions=keys.positions, window=c.window, softcap=c.softcap, scale=c.scale,
+            q,
+            keys.k.astype(q.dtype),
+            keys.v.astype(q.dtype),
+            q_positions=positions,
+            kv_positions=keys.positions,
+            window=c.window,
+            softcap=c.softcap,
+            scale=c.scale,
         )
         return self.out(y), extended
 

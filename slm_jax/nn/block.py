@@ -1,6 +1,7 @@
 """The block grammar: norm, sequence mixer, residual, norm, channel mixer, residual.
 
-An architecture is a pattern of `LayerConfig`s. A new mixer is one file, one line in `MIXERS`.
+An architecture is a pattern of `LayerConfig`s. A new mixer is one file and one line in `MIXERS`:
+its configuration says what it costs (`flops`, `state_bytes`), its module what it computes.
 """
 
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Block(nnx.Module):
             d_model,
             norm,
             key=k_mixer,
-            out_std=residual_scale * _mixer_width(config.mixer) ** -0.5,
+            out_std=residual_scale * config.mixer.out_fan_in**-0.5,
         )
         self.mixer_post_norm = Norm(norm, d_model) if post else None
         own_norm = has_channel and not config.parallel
@@ -122,10 +123,3 @@ class Block(nnx.Module):
         if self.channel_post_norm is not None:
             z = self.channel_post_norm(z)
         return x + z if not self.config.parallel else x + y + z, aux, state
-
-
-def _mixer_width(config: MixerConfig) -> int:
-    """Fan-in of the mixer's output projection."""
-    if isinstance(config, AttentionConfig):
-        return config.n_heads * config.head_dim
-    return config.d_inner

@@ -72,7 +72,7 @@ class Linear(nnx.Module):
         """Logical names of the dimensions of `w`."""
         return self.batch_axes + self.in_axes + self.out_axes
 
-    def __call__(self, x: jax.Array, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """Contracts the last axes of `x`.
 
         Args:
@@ -149,5 +149,3 @@ class Embedding(nnx.Module):
         return jnp.einsum(
             "...d,vd->...v", x, w, preferred_element_type=jnp.float32, out_sharding=out_sharding
         )
-
-

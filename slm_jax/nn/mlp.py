@@ -34,18 +34,26 @@ class MLPConfig:
     bias: bool = False
     """Biases on all projections."""
 
+    def flops(self, d_model: int) -> dict[str, float]:
+        """Forward operations a token by part of `FlopBreakdown`."""
+        return {"mlp": 2 * d_model * self.d_ff * (3 if self.gated else 2)}
+
+    def idle_parameters(self, d_model: int) -> int:
+        """Parameters a token does not meet: none."""
+        return 0
+
 
 class MLP(nnx.Module):
     """Dense feed-forward layer."""
 
-    def __init__(
-        self, config: MLPConfig, d_model: int, *, key: jax.Array, out_std: float
-    ) -> None:
+    def __init__(self, config: MLPConfig, d_model: int, *, key: jax.Array, out_std: float) -> None:
         sizes = {"embed": d_model, "mlp": config.d_ff}
         kg, ku, kd = jax.random.split(key, 3)
         self.config = config
         self.up = Linear("embed -> mlp", sizes, key=ku, bias=config.bias)
-        self.gate = Linear("embed -> mlp", sizes, key=kg, bias=config.bias) if config.gated else None
+        self.gate = (
+            Linear("embed -> mlp", sizes, key=kg, bias=config.bias) if config.gated else None
+        )
         self.down = Linear("mlp -> embed", sizes, key=kd, bias=config.bias, std=out_std)
 
     def __call__(

@@ -40,26 +40,33 @@ class MoEConfig:
     """A bias on the choice of experts, moved by the trainer so that loads even out without a
     loss (arXiv 2408.15664)."""
     jitter_eps: float = 0.01
-    """With routing="sparsemixer": experts whose logit is more than 2 x this below the best, relative
-    to the larger of the two magnitudes, get no weight."""
+    """With routing="sparsemixer": experts whose logit is more than 2 x this below the best,
+    relative to the larger of the two magnitudes, get no weight."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.n_experts:
-            raise UserError(
-                f"top_k={self.top_k} must be between 1 and n_experts={self.n_experts}"
-            )
+            raise UserError(f"top_k={self.top_k} must be between 1 and n_experts={self.n_experts}")
         if self.routing == "sparsemixer" and self.top_k != 2:
             raise UserError(f"top_k={self.top_k}: routing='sparsemixer' is defined for top_k=2")
         if self.capacity_factor <= 0:
             raise UserError(f"capacity_factor={self.capacity_factor} must be positive")
 
+    def flops(self, d_model: int) -> dict[str, float]:
+        """Forward operations a token by part of `FlopBreakdown`, nothing dropped or padded."""
+        return {
+            "router": 2 * d_model * (self.n_experts + self.top_k),
+            "experts": 2 * d_model * self.d_ff * 3 * self.top_k,
+        }
+
+    def idle_parameters(self, d_model: int) -> int:
+        """Parameters of the experts a token is not sent to."""
+        return (self.n_experts - self.top_k) * 3 * d_model * self.d_ff
+
 
 class MoE(nnx.Module):
     """Sparse feed-forward layer with gated experts."""
 
-    def __init__(
-        self, config: MoEConfig, d_model: int, *, key: jax.Array, out_std: float
-    ) -> None:
+    def __init__(self, config: MoEConfig, d_model: int, *, key: jax.Array, out_std: float) -> None:
         sizes = {"expert": config.n_experts, "embed": d_model, "mlp": config.d_ff}
         kr, kg, ku, kd = jax.random.split(key, 4)
         self.config = config

@@ -17,6 +17,14 @@ from slm_jax.nn.norm import Norm, NormConfig
 # Range of the initial step sizes and their floor (section 3.6 and the reference code).
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
 
+SCAN_FLOPS_PER_STATE = 7
+"""Operations of the selective scan on one state value: dt a, exp, decay h, (dt u) b, their sum,
+c h, and adding that up. It is the sequential recurrence of `slm_kernels.scan`, whatever kernel
+runs; the 9 often quoted (state-spaces/mamba issue 110) are those of a parallel prefix scan."""
+
+SCAN_FLOPS_PER_CHANNEL = 3
+"""And on one channel: dt u, d u, and adding the skip."""
+
 
 @dataclass(frozen=True)
 class MambaConfig:
@@ -41,6 +49,25 @@ class MambaConfig:
         for name in ("d_inner", "d_state", "d_conv"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def out_fan_in(self) -> int:
+        """Inputs of the output projection."""
+        return self.d_inner
+
+    def flops(self, d_model: int, seq_len: int, causal: bool) -> dict[str, float]:
+        """Forward operations a token by part of `FlopBreakdown`; the same at any length."""
+        rank = self.resolved_dt_rank(d_model)
+        selection = self.d_inner * (rank + 2 * self.d_state) + rank * self.d_inner
+        per_channel = 2 * self.d_conv + SCAN_FLOPS_PER_STATE * self.d_state + SCAN_FLOPS_PER_CHANNEL
+        return {
+            "recurrent_projections": 2 * (3 * d_model * self.d_inner + selection),
+            "recurrence": per_channel * self.d_inner,
+        }
+
+    def state_bytes(self, length: int, itemsize: int) -> int:
+        """Convolution inputs and float32 state of one row, whatever its length."""
+        return self.d_inner * ((self.d_conv - 1) * itemsize + 4 * self.d_state)
 
     def resolved_dt_rank(self, d_model: int) -> int:
         """`dt_rank`, or its default for this width."""

@@ -50,7 +50,9 @@ class MeshConfig:
         return tuple(sizes)
 
 
-def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Builds the mesh over `devices` (default: all); enter it with `jax.set_mesh`.
 
     Every axis is Explicit, so array types carry their sharding and an ambiguous operation is an

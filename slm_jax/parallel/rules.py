@@ -131,7 +131,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
                 )
         return leaf.replace(sharding)
 
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(
+        one, tree, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
 
 
 def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

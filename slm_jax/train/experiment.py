@@ -138,7 +138,7 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
         mesh,
         batches,
         folder=config.out,
-        name=config.out.name,
+        name="/".join(config.out.parts[-2:]),
         steps=config.steps,
         seed=config.seed,
         schedule=config.schedule,
@@ -173,9 +173,7 @@ def compile_program(config: Experiment, mesh: Mesh) -> Program:
     return compile_step(step, mesh, (*ints, ("weights", shape, np.float32)))
 
 
-def evaluate(
-    config: Experiment, corpus: Corpus, mesh: Mesh, state: TrainState
-) -> dict[str, float]:
+def evaluate(config: Experiment, corpus: Corpus, mesh: Mesh, state: TrainState) -> dict[str, float]:
     """Held-out loss in nats a token and bits a byte, of the weights and of their average."""
     batches = valid_batches(
         corpus,

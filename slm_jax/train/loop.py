@@ -137,7 +137,7 @@ def train(
                     f"({folder})"
                 )
             if step % config.log_every == 0 or step == steps - 1:
-                values = {k: np.asarray(v) for k, v in metrics.items()}
+                values: dict[str, Any] = {k: np.asarray(v) for k, v in metrics.items()}
                 values |= {"learning_rate": schedule(step, steps), "tokens_per_second": rate}
                 log.write(step, derive(values))
             progress.update(step + 1, loss, rate)
@@ -148,8 +148,8 @@ def train(
                 for step in range(start, steps):
                     host = next(batches)
                     tokens = host["tokens"].size * jax.process_count()
-                    rate = np.float32(schedule(step, steps))
-                    state, metrics = program.step(state, shard_batch(host, mesh), rate)
+                    learning_rate = np.float32(schedule(step, steps))
+                    state, metrics = program.step(state, shard_batch(host, mesh), learning_rate)
                     settle()
                     pending = (step, metrics)
                     done = step + 1

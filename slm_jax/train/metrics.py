@@ -17,7 +17,9 @@ METRICS_FILE = "metrics.jsonl"
 class MetricLog:
     """Writes one record a step to every sink."""
 
-    def __init__(self, folder: Path, *, first_step: int, wandb: bool = False, name: str = "") -> None:
+    def __init__(
+        self, folder: Path, *, first_step: int, wandb: bool = False, name: str = ""
+    ) -> None:
         """Opens the sinks.
 
         Args:
@@ -38,7 +40,9 @@ class MetricLog:
                 import wandb as library
             except ImportError as error:
                 raise UserError("wandb=True: the package is missing: pip install wandb") from error
-            self._wandb = library.init(project="slm_jax", name=name, dir=str(folder), resume="allow")
+            self._wandb = library.init(
+                project="slm_jax", name=name, dir=str(folder), resume="allow"
+            )
         path = folder / METRICS_FILE
         records = read_metrics(folder)
         kept = [r for r in records if r["step"] < first_step]

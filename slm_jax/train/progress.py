@@ -52,4 +52,6 @@ class TrainProgress:
         plain = not self._quiet and not self._console.is_terminal
         if plain and now - self._last_line > _LINE_EVERY:
             self._last_line = now
-            self._console.print(f"{self._name}  step {done}/{self._steps}  {facts}", highlight=False)
+            self._console.print(
+                f"{self._name}  step {done}/{self._steps}  {facts}", highlight=False
+            )

@@ -1,14 +1,12 @@
-"""Configurations as JSON and back: frozen dataclasses, with the class named where it is not fixed."""
+"""Configurations as JSON and back: frozen dataclasses, each with its class named."""
 
 import dataclasses
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from slm_jax.errors import UserError
-
-T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
@@ -21,7 +19,7 @@ def to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def from_json(cls: type[T], data: Any) -> T:
+def from_json[T](cls: type[T], data: Any) -> T:
     """Builds `cls` from the output of `to_json`. Only classes named in annotations are made.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -121,7 +122,7 @@ def train_step(
 
 
 def _moving_average(ema: Any, model: Any, decay: float) -> Any:
-    """decay x ema + (1 - decay) x model for trained weights; buffers are taken as they are."""
+    """Decay x ema + (1 - decay) x model for trained weights; buffers are taken as they are."""
 
     def one(old: nnx.Variable, new: nnx.Variable) -> nnx.Variable:
         if not isinstance(new, nnx.Param):
@@ -142,8 +143,8 @@ class Program(NamedTuple):
         memory_bytes: arguments, results and temporaries of the step on one device.
     """
 
-    init: Callable[[jax.Array], TrainState]
-    step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+    init: Callable[[np.uint32], TrainState]
+    step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, dict[str, jax.Array]]]
     state: TrainState
     compile_seconds: float
     memory_bytes: int
@@ -190,6 +191,7 @@ def compile_step(
         seconds = time.perf_counter() - start
         compiled_init = jax.jit(init, out_shardings=places).lower(seed).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
     used = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

@@ -14,19 +14,17 @@ from slm_kernels.scan import causal_conv1d, selective_scan
 from slm_jax.errors import UserError
 from slm_jax.models.flops import (
     PEAK_FLOPS,
-    SCAN_FLOPS_PER_CHANNEL,
-    SCAN_FLOPS_PER_STATE,
     forward_flops,
     peak_flops,
     training_flops,
-    visible_keys,
 )
 from slm_jax.models.lm import LM, LMConfig
 from slm_jax.models.presets import PRESETS, dense, hybrid, mamba, moe, preset, summary
-from slm_jax.nn.attention import AttentionConfig
+from slm_jax.nn.attention import AttentionConfig, visible_keys
 from slm_jax.nn.block import LayerConfig
 from slm_jax.nn.mlp import MLPConfig
 from slm_jax.nn.moe import MoEConfig
+from slm_jax.nn.ssm import SCAN_FLOPS_PER_CHANNEL, SCAN_FLOPS_PER_STATE
 
 BATCH, LENGTH = 2, 64
 ARITHMETIC = {"add", "sub", "mul", "div", "exp", "neg"}
@@ -121,7 +119,7 @@ def test_training_equals_the_products_of_the_traced_gradient(name: str, remat: A
     config = replace(fixed_capacity(preset(name)), remat=remat)
     forward = forward_flops(config, LENGTH, causal=False)
     counted = training_flops(config, LENGTH, causal=False)
-    counted -= forward.ssm_scan * (3 if remat == "none" else 4)  # no product
+    counted -= forward.recurrence * (3 if remat == "none" else 4)  # no product
     assert traced(config, gradient=True) == counted
 
 
@@ -167,7 +165,7 @@ def test_scan_counts_the_arithmetic_of_the_reference() -> None:
     conv = jax.make_jaxpr(causal_conv1d)(u, jnp.ones((taps, width)), d)
     assert operations(conv.jaxpr) == (0, length * 2 * taps * width)
     layer = forward_flops(mamba(8, 1, d_state=states, expand=1), length)
-    assert layer.ssm_scan == 8 * (7 * states + 3 + 2 * 4)
+    assert layer.recurrence == 8 * (7 * states + 3 + 2 * 4)
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "phi-3-mini", "phi-4"])

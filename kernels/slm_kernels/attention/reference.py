@@ -21,13 +21,13 @@ def attention_reference(
     scale: float,
 ) -> jax.Array:
     """Plain attention; arguments and result as in `slm_kernels.attention.attention`."""
-    mask = visible(
-        q_positions, kv_positions, q_segments, kv_segments, causal=causal, window=window
-    )
+    mask = visible(q_positions, kv_positions, q_segments, kv_segments, causal=causal, window=window)
     group = q.shape[2] // k.shape[2]
     heads = []
     for h in range(q.shape[2]):
-        qh, kh, vh = (a.astype(jnp.float32) for a in (q[:, :, h], k[:, :, h // group], v[:, :, h // group]))
+        qh, kh, vh = (
+            a.astype(jnp.float32) for a in (q[:, :, h], k[:, :, h // group], v[:, :, h // group])
+        )
         scores = jnp.einsum("bsd,btd->bst", qh, kh, precision="highest") * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)

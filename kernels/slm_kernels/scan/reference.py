@@ -20,7 +20,9 @@ def selective_scan_reference(
     """Arguments and result as in `slm_kernels.scan.selective_scan`."""
     f32 = jnp.float32
     state = (
-        jnp.zeros((u.shape[0], *a.shape), f32) if initial_state is None else initial_state.astype(f32)
+        jnp.zeros((u.shape[0], *a.shape), f32)
+        if initial_state is None
+        else initial_state.astype(f32)
     )
     a = a.astype(f32)
     ys = []

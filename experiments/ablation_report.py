@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -56,7 +57,7 @@ def interval(values: np.ndarray) -> float:
     return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
-def row(m: Measured, bytes_per_token: float, bigram: float) -> dict[str, object]:
+def row(m: Measured, bytes_per_token: float, bigram: float) -> dict[str, Any]:
     """Every figure of one architecture, for the table and for report.jsonl."""
     sizes = summary(m.model, m.seq_len)
     loss = float(m.losses.mean())
@@ -85,19 +86,22 @@ def row(m: Measured, bytes_per_token: float, bigram: float) -> dict[str, object]
     }
 
 
-_COLUMNS = (
+_QUALITY = (
     ("architecture", lambda r: r["architecture"]),
-    ("loss (nats/token)", lambda r: f"{r['loss']:.3f} ± {r['loss_interval']:.3f}"),
+    ("loss, nats/token", lambda r: f"{r['loss']:.3f} ± {r['loss_interval']:.3f}"),
     ("bits/byte", lambda r: f"{r['bits_per_byte']:.3f} ± {r['bits_per_byte_interval']:.3f}"),
     ("best lr", lambda r: f"{r['best_learning_rate']:g}" + "*" * r["best_at_edge_of_grid"]),
     ("parameters", lambda r: f"{r['parameters']:,}"),
     ("active", lambda r: f"{r['active_parameters']:,}"),
+)
+_COST = (
+    ("architecture", lambda r: r["architecture"]),
     ("MFLOP/token", lambda r: f"{r['training_flops_per_token'] / 1e6:.2f}"),
     ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}"),
     ("compile s", lambda r: f"{r['compile_seconds']:.1f}"),
     ("peak MB", lambda r: f"{r['memory_bytes'] / 1e6:.0f}"),
     ("state B/token 1k", lambda r: f"{r['state_bytes_per_token_1k']:,.0f}"),
-    ("32k", lambda r: f"{r['state_bytes_per_token_32k']:,.0f}"),
+    ("at 32k", lambda r: f"{r['state_bytes_per_token_32k']:,.0f}"),
 )
 
 
@@ -136,28 +140,27 @@ def write_report(
     ]
     if any(r["best_at_edge_of_grid"] for r in rows):
         notes.append("* the best learning rate is at the edge of its grid: widen --learning-rates.")
-    table = Table(title=title)
-    for heading, _ in _COLUMNS:
-        table.add_column(heading, justify="left" if heading == "architecture" else "right")
-    cells = [[str(cell(r)) for _, cell in _COLUMNS] for r in rows]
-    for line in cells:
-        table.add_row(*line)
-    console.print(table)
+    text = f"# {title}\n\n`{command}`\n"
+    for name, columns in (("Quality", _QUALITY), ("Cost", _COST)):
+        table = Table(title=f"{name}: {title}")
+        for heading, _ in columns:
+            table.add_column(heading, justify="left" if heading == "architecture" else "right")
+        cells = [[str(cell(r)) for _, cell in columns] for r in rows]
+        for line in cells:
+            table.add_row(*line)
+        console.print(table)
+        lines = [[heading for heading, _ in columns], ["---"] * len(columns), *cells]
+        text += f"\n## {name}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
     for note in notes:
         console.print(note, highlight=False)
-
-    def markdown(values: list[str]) -> str:
-        return "| " + " | ".join(values) + " |\n"
-
-    text = f"# {title}\n\n`{command}`\n\n" + markdown([h for h, _ in _COLUMNS])
-    text += markdown(["---"] * len(_COLUMNS)) + "".join(markdown(line) for line in cells)
-    text += "\n" + "\n".join(f"- {note}" for note in notes) + "\n\n![loss against FLOPs](report.png)\n"
+    text += "\n" + "\n".join(f"- {note}" for note in notes)
+    text += "\n\n![loss against FLOPs](report.png)\n"
     text += "\nLearning-rate grid (held-out loss, first seed):\n\n"
     for r in rows:
         grid = ", ".join(f"{rate}: {loss:.3f}" for rate, loss in r["grid"].items())
         text += f"- {r['architecture']}: {grid}\n"
     (out / "report.md").write_text(text)
-    console.print(f"report: {out / 'report.md'}, {out / 'report.png'}, {out / 'report.jsonl'}")
+    console.print(f"report.md, report.png and report.jsonl are in {out}", highlight=False)
 
 
 def _plot(file: Path, measured: list[Measured], title: str) -> None:

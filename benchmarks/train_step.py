@@ -1,0 +1,319 @@
+"""Tokens per second of a training step, against PyTorch, in turn on one machine.
+
+A Llama with equal weights, batch, AdamW and clipping is trained by this project's compiled step and
+by `transformers` (eager, and under torch.compile), each in its own process. They take turns,
+`steps` steps at a time, so that whatever else the machine does hits all of them; only one works at
+any time. Expected on CPU in float32: faster than both.
+
+The numbers count only if the losses agree: the first within 1e-3, and falling on the fixed batch.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from slm_jax import cli
+from slm_jax.cli.show import console, count
+from slm_jax.errors import UserError
+from slm_jax.models.hf import save_hf
+from slm_jax.models.presets import dense, summary
+from slm_jax.parallel import make_mesh, shard_batch
+from slm_jax.train.experiment import Experiment, compile_program
+from slm_jax.train.optimizer import OptimizerConfig
+from slm_jax.train.tasks.lm import LMLossConfig
+
+LEARNING_RATE = 3e-4
+WARM_UP = 3
+"""Steps before the first round: compilation, allocator, and losses to compare."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Training steps per second of the same Llama here and in PyTorch."""
+
+    vocab: tuple[int, ...] = (256, 50_304)
+    """Vocabulary sizes, one table row each."""
+    d_model: int = 384
+    """Width."""
+    n_layers: int = 6
+    """Layers."""
+    n_heads: int = 6
+    """Query heads."""
+    n_kv_heads: int = 6
+    """Key/value heads."""
+    d_ff: int = 1024
+    """Hidden width of the SwiGLU."""
+    tie_embeddings: bool = True
+    """The head is the embedding, on both sides."""
+    seq_len: int = 256
+    """Tokens a row."""
+    batch_size: int = 16
+    """Rows a step."""
+    rounds: int = 7
+    """Turns each side takes."""
+    steps: int = 4
+    """Steps a turn."""
+    scan_unroll: int | None = None
+    """Layers unrolled on our side; default all of them."""
+    loss_chunk: int | None = None
+    """Tokens of a row whose logits exist at one time on our side; default all."""
+    peers: tuple[Literal["eager", "compile"], ...] = ("eager", "compile")
+    """What to compare with."""
+    peer_python: Path = Path(".golden-env/bin/python")
+    """Python that has torch and transformers."""
+    quick: bool = False
+    """Two layers and two short rounds of the first vocabulary: checks, no measurement."""
+    out: Path = Path("runs/benchmarks/train_step.json")
+    """Where the numbers go."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class Ours:
+    """The compiled step of `slm_jax.train` on a mesh of one device, called as the loop calls it."""
+
+    def __init__(self, config: Benchmark, vocab: int, batch: dict[str, np.ndarray]) -> None:
+        model = dense(
+            config.d_model, config.n_layers, config.n_heads, config.n_kv_heads, config.d_ff,
+            vocab_size=vocab, tie_embeddings=config.tie_embeddings, max_seq_len=config.seq_len,
+            scan_unroll=config.scan_unroll or config.n_layers,
+        )  # fmt: skip
+        self.experiment = Experiment(
+            model,
+            optimizer=OptimizerConfig(),
+            objective=LMLossConfig(chunk=config.loss_chunk),
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+        )
+        self.parameters = summary(model).total
+        self._mesh = make_mesh(devices=jax.devices()[:1])
+        self._program = compile_program(self.experiment, self._mesh)
+        self.facts = {
+            "compile_seconds": self._program.compile_seconds,
+            "memory_bytes": self._program.memory_bytes,
+            "jax": jax.__version__,
+        }
+        self._batch = batch
+        with jax.set_mesh(self._mesh):
+            self.state = self._program.init(np.uint32(0))
+
+    def steps(self, n: int) -> tuple[float, list[float]]:
+        """Seconds and losses of the next `n` steps."""
+        losses = []
+        start = time.perf_counter()
+        with jax.set_mesh(self._mesh):
+            for _ in range(n):
+                batch = shard_batch(self._batch, self._mesh)
+                rate = np.float32(LEARNING_RATE)
+                self.state, metrics = self._program.step(self.state, batch, rate)
+                losses.append(metrics["loss"])
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - start, [float(loss) for loss in losses]
+
+
+class Peer:
+    """A process of torch_peer.py."""
+
+    def __init__(self, config: Benchmark, mode: str, folder: Path) -> None:
+        self.mode = mode
+        self._log = folder / f"{mode}.log"
+        setup = {
+            "model": str(folder / "model"),
+            "batch": str(folder / "batch.npz"),
+            "compile": mode == "compile",
+            "threads": n_cores(),
+            "lr": LEARNING_RATE,
+        }
+        script = Path(__file__).with_name("torch_peer.py")
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [config.peer_python.absolute(), script, json.dumps(setup)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+        self.facts = self._answer()
+        self.parameters = self.facts.pop("parameters")
+
+    def steps(self, n: int) -> tuple[float, list[float]]:
+        """Seconds and losses of the next `n` steps."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"steps": n}) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        return answer["seconds"], answer["losses"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            tail = "".join(self._log.read_text().splitlines(keepends=True)[-20:])
+            raise RuntimeError(f"the {self.mode} peer died:\n{tail}")
+        return json.loads(line)
+
+
+def n_cores() -> int:
+    """Cores this process may use: both sides get as many threads."""
+    return len(os.sched_getaffinity(0))
+
+
+def main(config: Benchmark) -> None:
+    """Measures every vocabulary, prints the table and writes the file."""
+    if config.quick:
+        config = replace(config, n_layers=2, rounds=2, steps=1, vocab=config.vocab[:1])
+    if config.peers and not config.peer_python.exists():
+        raise UserError(
+            f"peer_python={config.peer_python} does not exist: `make golden-env` makes it, or give "
+            "a Python that has torch and transformers"
+        )
+    machine = {"cpu": cpu_name(), "cores": n_cores(), "platform": platform.platform()}
+    table = Table(
+        title=f"training, float32, {config.n_layers} layers of {config.d_model}, "
+        f"{config.n_heads}/{config.n_kv_heads} heads, {config.batch_size} x {config.seq_len} "
+        f"tokens; {machine['cores']} cores, {machine['cpu']}",
+        title_justify="left",
+        caption=f"tokens/s: median (best) of {config.rounds} turns of {config.steps} steps; "
+        "ratio: ours over it, median over the turns",
+        caption_justify="left",
+    )
+    for heading in ("vocabulary", "parameters", "side", "tokens/s", "best", "ratio"):
+        table.add_column(heading, justify="left" if heading == "side" else "right")
+    cases = []
+    for vocab in config.vocab:
+        case = measure(config, vocab)
+        cases.append(case)
+        head = (f"{vocab:,}", count(case["parameters"]))
+        for name, side in case["sides"].items():
+            speeds = (f"{side[key]:,.0f}" for key in ("median", "best"))
+            table.add_row(*head, name, *speeds, f"{side['ratio']:.2f}", end_section=False)
+            head = ("", "")
+        table.add_section()
+    console().print(table)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = asdict(config) | {"out": str(config.out), "peer_python": str(config.peer_python)}
+    record = {"machine": machine, "config": settings, "cases": cases}
+    config.out.write_text(json.dumps(record, indent=1) + "\n")
+    console().print(f"written to {config.out}", highlight=False)
+
+
+def measure(config: Benchmark, vocab: int) -> dict[str, Any]:
+    """All sides on one model.
+
+    Returns:
+        Parameters, and of each side its tokens/s by turn, their median and best, our speed over
+        its (median over the turns), the losses, versions and compile times.
+
+    Raises:
+        RuntimeError: if the sides do not train the same model alike.
+    """
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, vocab, (config.batch_size, config.seq_len + 1), dtype=np.int32)
+    batch = {
+        "tokens": rows[:, :-1],
+        "targets": rows[:, 1:],
+        "segments": np.ones_like(rows[:, 1:]),
+        "positions": np.broadcast_to(np.arange(config.seq_len, dtype=np.int32), rows[:, 1:].shape),
+        "weights": np.ones(rows[:, 1:].shape, np.float32),
+    }
+    with sides_of(config, vocab, batch) as sides:
+        # One side after another: no one compiles while another is measured.
+        losses = {name: side.steps(WARM_UP)[1] for name, side in sides.items()}
+        names = list(sides)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(config.rounds):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                time.sleep(0.2)  # threads of the side before stop spinning
+                took, more = sides[name].steps(config.steps)
+                seconds[name].append(took)
+                losses[name] += more
+        check_equal(sides, losses)
+        facts = {name: side.facts for name, side in sides.items()}
+        parameters = sides["slm_jax"].parameters
+    tokens = config.steps * config.batch_size * config.seq_len
+    report = {}
+    for name in names:
+        speeds = [tokens / s for s in seconds[name]]
+        ratios = [p / o for o, p in zip(seconds["slm_jax"], seconds[name], strict=True)]
+        report[name] = {
+            "median": statistics.median(speeds),
+            "best": max(speeds),
+            "ratio": statistics.median(ratios),
+            "tokens_per_second": speeds,
+            "losses": losses[name],
+            **facts[name],
+        }
+    return {"vocab": vocab, "parameters": parameters, "sides": report}
+
+
+@contextlib.contextmanager
+def sides_of(
+    config: Benchmark, vocab: int, batch: dict[str, np.ndarray]
+) -> Iterator[dict[str, Any]]:
+    """Starts all sides from the same weights; ends their processes on leaving."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        ours = Ours(config, vocab, batch)
+        save_hf(ours.state.model, folder / "model", model_type="llama")
+        np.savez(folder / "batch.npz", tokens=batch["tokens"], targets=batch["targets"])
+        sides: dict[str, Any] = {"slm_jax": ours}
+        for mode in config.peers:
+            peer = Peer(config, mode, folder)
+            stack.callback(peer.close)
+            sides[f"torch {mode}"] = peer
+        yield sides
+
+
+def check_equal(sides: dict[str, Any], losses: dict[str, list[float]]) -> None:
+    """Holds parameters and losses of all sides against ours.
+
+    Raises:
+        RuntimeError: if they differ, or a loss does not fall on the fixed batch.
+    """
+    ours = losses["slm_jax"]
+    for name, side in sides.items():
+        if side.parameters != sides["slm_jax"].parameters:
+            raise RuntimeError(f"{name} has {side.parameters} parameters: another model")
+        got = losses[name]
+        if not got[-1] < got[0]:
+            raise RuntimeError(f"{name}: the loss went from {got[0]} to {got[-1]}")
+        # Later steps see the optimiser too; rounding grows with every one of them.
+        for step, tolerance in ((0, 1e-3), (WARM_UP - 1, 1e-2)):
+            if abs(got[step] - ours[step]) > tolerance:
+                raise RuntimeError(
+                    f"{name}: loss {got[step]} at step {step}, ours {ours[step]}: not the same step"
+                )
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux tells it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, Benchmark, description=__doc__))
