@@ -1,10 +1,12 @@
 # Every target makes .venv first where it is missing or older than requirements.lock.
 #   ACCELERATOR=cpu|tpu|cuda13  which jax to install (default cpu); the lock holds cpu
 #   ARGS="..."                  arguments for the experiment or for pytest
+#   DEVICES=2                   devices the demo makes of a CPU, one a core: data parallel
 #   WORKERS=2                   pytest processes
 #   UV=uv                       a uv that is not a module of python3
 
 ACCELERATOR ?= cpu
+DEVICES ?= 2
 WORKERS ?= 2
 UV ?= python3 -m uv
 
@@ -40,7 +42,8 @@ uv:
 	@$(UV) --version >/dev/null 2>&1 || python3 -m pip install -qq uv
 
 demo: $(STAMP) ## train small models of several architectures and compare them
-	@$(PYTHON) experiments/ablate_architectures.py $(ARGS)
+	@XLA_FLAGS="--xla_force_host_platform_device_count=$(DEVICES)" \
+		$(PYTHON) experiments/ablate_architectures.py $(ARGS)
 
 test: $(STAMP) ## run the tests that are not slow
 	@$(PYTEST) -m "not slow" $(ARGS)

@@ -58,19 +58,19 @@ class Ablation:
     """Width of the dense model that sets the size."""
     layers: int = 4
     """Layers of attention or scan with an MLP; Mamba has twice as many, without MLPs."""
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-2, 2e-2)
     """Grid tried on the first seed."""
     seeds: int = 2
     """Runs at the best learning rate."""
-    steps: int = 150
+    steps: int = 160
     """Optimiser steps of a run."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Rows a step."""
     seq_len: int = 128
     """Tokens a row."""
     warmup_steps: int = 15
     """Steps of linear warm-up."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig("muon")
     """Update rule, the same for all."""
     data: DataConfig = DataConfig()
     """Text and tokenizer."""

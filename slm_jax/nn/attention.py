@@ -12,6 +12,7 @@ from slm_jax.errors import UserError
 from slm_jax.nn.linear import Linear
 from slm_jax.nn.norm import Norm, NormConfig
 from slm_jax.nn.rope import RopeConfig, apply_rope, rope_tables
+from slm_jax.parallel.rules import split_as
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,12 @@ class Attention(nnx.Module):
             return self.out(y), None
         positions = jnp.broadcast_to(positions, x.shape[:2])
         kv_positions = positions if segments is None else jnp.where(segments > 0, positions, -1)
+        state = KVCache(
+            split_as(state.k, k, (0, None, 2, 3)),
+            split_as(state.v, v, (0, None, 2, 3)),
+            split_as(state.positions, k, (0, None)),
+            state.written,
+        )
         extended, keys = _extend(state, k, v, kv_positions, ring=c.window is not None)
         y = attention(
             q,

@@ -13,6 +13,7 @@ from slm_jax.errors import UserError
 from slm_jax.nn.linear import Linear
 from slm_jax.nn.module import parameter
 from slm_jax.nn.norm import Norm, NormConfig
+from slm_jax.parallel.rules import split_as
 
 # Range of the initial step sizes and their floor (section 3.6 and the reference code).
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -168,6 +169,10 @@ class Mamba(nnx.Module):
         """
         c = self.config
         u, z = self.in_x(x), self.in_z(x)
+        if state is not None:
+            state = MambaState(
+                split_as(state.conv, u, (0, None, 2)), split_as(state.ssm, u, (0, 2, None))
+            )
         real = None if segments is None else (segments > 0)[..., None]
         if real is not None:  # before and after the convolution, so that padding leaves no trace
             u = jnp.where(real, u, 0)

@@ -100,6 +100,20 @@ def lead_spec(x: jax.Array, n: int) -> tuple[Any, ...]:
     return (entries + (None,) * (x.ndim - len(entries)))[:n]
 
 
+def split_as(x: jax.Array, like: jax.Array, dims: tuple[int | None, ...]) -> jax.Array:
+    """Splits `x` as an activation is: a state made before anyone knew how the batch is split.
+
+    Args:
+        x: the array.
+        like: the activation.
+        dims: for each dimension of `x` the dimension of `like` it goes with, `None` = not split.
+    """
+    if not has_mesh():
+        return x
+    split = lead_spec(like, like.ndim)
+    return jax.reshard(x, P(*(None if d is None else split[d] for d in dims)))
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Replaces every `nnx.Variable` in `tree` by its `NamedSharding` on `mesh`.
 

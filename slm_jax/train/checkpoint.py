@@ -41,14 +41,20 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for writes on leaving."""
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        """Opens or creates `folder`; keeps the newest `keep` checkpoints."""
+    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False) -> None:
+        """Opens or creates `folder`.
+
+        Args:
+            folder: where the checkpoints are.
+            keep: how many of the newest stay.
+            read_only: leave a half-written checkpoint, which the run may be writing just now.
+        """
         # Orbax takes a relative path and fails later, in the background.
         self.folder = folder.absolute()
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
         )
 
     def __enter__(self) -> Self:
@@ -97,13 +103,22 @@ class Checkpoints:
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"checkpoints={self.folder}: there is none to restore")
-        metadata = self._orbax.checkpointables_metadata(step)
-        self._check(metadata.metadata["state"], named_arrays(abstract))
         wanted = named_arrays(abstract)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        with context:
-            got = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
+        remedy = "delete it to go on from the one before"
+        metadata = self._orbax.checkpointables_metadata(step)
+        if metadata.metadata["state"] is None:  # Orbax has logged why
+            raise UserError(f"checkpoint={self.folder / str(step)} is damaged: {remedy}")
+        self._check(metadata.metadata["state"], wanted)
+        try:
+            with context:
+                got = self._orbax.load_checkpointables(step, {"state": wanted})["state"]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"checkpoint={self.folder / str(step)} is damaged ({str(error).splitlines()[0]}): "
+                f"{remedy}"
+            ) from error
         leaves = [got[name] for name in wanted]
         facts = metadata.custom_metadata or {}
         state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)

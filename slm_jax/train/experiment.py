@@ -1,8 +1,6 @@
 """A training run of a language model, from one frozen configuration to a folder of results."""
 
 import functools
-import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,16 @@ from slm_jax.models.flops import peak_flops, training_flops
 from slm_jax.models.lm import LM, LMConfig
 from slm_jax.models.loss import next_token_loss
 from slm_jax.parallel import MeshConfig, make_mesh, shard_batch
+from slm_jax.train import folder
 from slm_jax.train.checkpoint import Checkpoints
 from slm_jax.train.loop import CHECKPOINTS_FOLDER, LoopConfig, train
 from slm_jax.train.metrics import bits_per_byte
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
-from slm_jax.train.serialize import differences, from_json, to_json
+from slm_jax.train.serialize import from_json, to_json
 from slm_jax.train.step import Program, StepConfig, TrainState, compile_step
 from slm_jax.train.tasks.lm import LMLossConfig, LMTask
 
-CONFIG_FILE = "config.json"
-RESULT_FILE = "result.json"
+CONFIG_FILE = folder.CONFIG_FILE
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
 _FREE = ("out", "overwrite", "mesh", "loop")
@@ -76,6 +74,10 @@ class Experiment:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} must be between 0 and 1")
+        if self.eval_tokens is not None and self.eval_tokens < 1:
+            raise UserError(f"eval_tokens={self.eval_tokens} must be at least 1, or None for all")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must be at least 0 and below 2^32")
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,10 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
             f"model.vocab_size={config.model.vocab_size} is smaller than the "
             f"{corpus.tokenizer.vocab_size} tokens of {corpus.tokenizer.name}: raise it"
         )
-    finished = _open_folder(config, corpus)
+    given = to_json(config) | {"data_fingerprint": corpus.fingerprint}
+    finished = folder.check_folder(config.out, given, free=_FREE, overwrite=config.overwrite)
     if finished is not None:
-        return finished
+        return Result(**finished)
     mesh = make_mesh(config.mesh)
     program = compile_program(config, mesh)
     batches = train_batches(
@@ -133,6 +136,8 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    # Last: a configuration that cannot run leaves no folder.
+    folder.make_folder(config.out, given, overwrite=config.overwrite)
     end = train(
         program,
         mesh,
@@ -156,7 +161,7 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
         memory_bytes=program.memory_bytes,
         out=str(config.out),
     )
-    (config.out / RESULT_FILE).write_text(json.dumps(asdict(result), indent=1) + "\n")
+    folder.write_result(config.out, asdict(result))
     return result
 
 
@@ -223,55 +228,16 @@ def _derived(config: Experiment, corpus: Corpus, mesh: Mesh) -> Any:
     return derive
 
 
-def _open_folder(config: Experiment, corpus: Corpus) -> Result | None:
-    """Makes the run folder, or checks that it belongs to this run; its result if it is done."""
-    out = config.out
-    identity = {k: v for k, v in to_json(config).items() if k not in _FREE}
-    identity["data_fingerprint"] = corpus.fingerprint
-    if config.overwrite and (out / CONFIG_FILE).exists():
-        shutil.rmtree(out)
-    file = out / CONFIG_FILE
-    if not file.exists():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(
-                f"out={out} is not empty and holds no run: choose another --out or empty it"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        full = to_json(config) | {"data_fingerprint": corpus.fingerprint}
-        temporary.write_text(json.dumps(full, indent=1) + "\n")
-        temporary.rename(file)
-        return None
-    saved = {k: v for k, v in _read_json(file).items() if k not in _FREE}
-    changed = differences(saved, identity)
-    if changed:
-        raise UserError(
-            f"out={out} holds another run ({changed[0]}"
-            + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
-            + "): choose another --out, or --overwrite to delete it"
-        )
-    result = out / RESULT_FILE
-    return Result(**_read_json(result)) if result.exists() else None
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): is it the folder of a run?") from error
-
-
 def load_experiment(out: Path) -> Experiment:
     """The configuration of the run in `out`.
 
     Raises:
         UserError: if the folder holds no run.
     """
-    if not (out / CONFIG_FILE).exists():
-        raise UserError(f"run={out} has no {CONFIG_FILE}: give the folder of a training run")
-    data = _read_json(out / CONFIG_FILE)
+    data = folder.read_config(out)
     data.pop("data_fingerprint", None)
-    return from_json(Experiment, data | {"out": str(out)})
+    # To run it again is to resume it, from where it is now.
+    return from_json(Experiment, data | {"out": str(out), "overwrite": False})
 
 
 def load_model(out: Path, *, ema: bool = False) -> tuple[LM, Experiment]:
@@ -289,6 +255,6 @@ def load_model(out: Path, *, ema: bool = False) -> tuple[LM, Experiment]:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), abstract
     )
     name = "ema" if ema else "model"
-    with Checkpoints(out / CHECKPOINTS_FOLDER) as checkpoints:
+    with Checkpoints(out / CHECKPOINTS_FOLDER, read_only=True) as checkpoints:
         model = checkpoints.restore({name: abstract}).state[name]
     return jax.tree.map(jnp.asarray, model), config

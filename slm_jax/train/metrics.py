@@ -44,13 +44,11 @@ class MetricLog:
                 project="slm_jax", name=name, dir=str(folder), resume="allow"
             )
         path = folder / METRICS_FILE
-        records = read_metrics(folder)
-        kept = [r for r in records if r["step"] < first_step]
-        if len(kept) != len(records) or first_step == 0:
-            text = "".join(json.dumps(r) + "\n" for r in kept)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(text)
-            os.replace(temporary, path)
+        # Always written anew: a line torn by a kill must not be appended to.
+        kept = [r for r in read_metrics(folder) if r["step"] < first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temporary, path)
         self._lines = path.open("a", buffering=1)
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)

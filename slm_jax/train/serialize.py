@@ -48,9 +48,15 @@ def _build(hint: Any, data: Any, where: str) -> Any:
             _build(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, data, strict=True))
         )
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(data, dict) or data.get("type") != hint.__name__:
+            raise UserError(f"{where}: {str(data)[:60]} is not a {hint.__name__}")
         hints = typing.get_type_hints(hint)
         values = {k: v for k, v in data.items() if k != "type"}
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(hint)})
+        unknown = sorted(set(values) - set(hints))
+        required = [f.name for f in dataclasses.fields(hint) if _required(f)]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise UserError(f"{where}: field {missing[0]!r} of {hint.__name__} is missing")
         if unknown:
             raise UserError(
                 f"{where}: field {unknown[0]!r} is unknown to {hint.__name__}: the file was "
@@ -58,6 +64,10 @@ def _build(hint: Any, data: Any, where: str) -> Any:
             )
         return hint(**{k: _build(hints[k], v, f"{where}.{k}") for k, v in values.items()})
     return Path(data) if hint is Path else data
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def differences(saved: Any, given: Any, where: str = "") -> list[str]:

@@ -20,6 +20,10 @@ from slm_jax.train.task import Task
 
 Batch = Mapping[str, jax.Array]
 
+# Sets the noise of the steps apart from the initial weights: `split(key, n)[i]`, which made those,
+# is `fold_in(key, i)`.
+_NOISE = 1 << 31
+
 
 class TrainState(NamedTuple):
     """Everything a run is at one moment; a checkpoint is this and the data position.
@@ -83,7 +87,8 @@ def train_step(
         `grad_norm` (before clipping), and the task's own.
     """
     task = config.task
-    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    noise = jax.random.fold_in(jax.random.key(state.seed), _NOISE)
+    key = jax.random.fold_in(noise, state.step)
 
     def objective(model: Any, micro: Batch, carry: Any, key: jax.Array) -> Any:
         loss, aux, carry = task.loss(model, micro, carry, key)
@@ -100,13 +105,14 @@ def train_step(
             grads, total, weight, carry = sums
             batch, key = xs
             (t, (w, aux, carry)), g = gradient(state.model, batch, carry, key)
-            return (jax.tree.map(jnp.add, grads, g), total + t, weight + w, carry), aux
+            return (jax.tree.map(jnp.add, grads, g), total + t, weight + w, carry), (w, aux)
 
         zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros(()), jnp.zeros(()))
-        (grads, total, weight, carry), auxes = jax.lax.scan(
+        (grads, total, weight, carry), (weights, auxes) = jax.lax.scan(
             body, (*zeros, state.carry), (micro, jax.random.split(key, n))
         )
-        aux = jax.tree.map(lambda a: jnp.mean(a, axis=0), auxes)
+        share = weights / jnp.maximum(weight, 1.0)
+        aux = jax.tree.map(lambda a: jnp.tensordot(share, a, 1), auxes)
 
     scale = 1.0 / jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
@@ -189,7 +195,13 @@ def compile_step(
             .compile()
         )
         seconds = time.perf_counter() - start
-        compiled_init = jax.jit(init, out_shardings=places).lower(seed).compile()
+        # XLA:CPU takes six times as long for the same random bits at its highest level.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        compiled_init = (
+            jax.jit(init, out_shardings=places)
+            .lower(seed)
+            .compile({"xla_backend_optimization_level": 2} if on_cpu else None)
+        )
     memory = compiled.memory_analysis()
     assert memory is not None
     used = (

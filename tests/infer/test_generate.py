@@ -12,6 +12,7 @@ from slm_jax.infer import Sampling, generate, stream
 from slm_jax.infer.generate import decode, left_pad, prefill
 from slm_jax.models.lm import LM
 from slm_jax.nn.attention import KVCache
+from slm_jax.parallel import MeshConfig, make_mesh, shardings
 from tests.nn.tiny import VOCAB, WINDOW, tiny_lm, tokens
 
 GREEDY = Sampling(temperature=0)
@@ -152,3 +153,12 @@ def test_errors_come_at_the_call(change: dict, message: str) -> None:
     arguments = dict(prompts=[[1]], max_new_tokens=1, key=KEY) | change
     with pytest.raises(UserError, match=message):
         stream(model_of("dense"), **arguments)
+
+
+def test_generation_works_with_weights_split_over_devices() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    model = model_of("hybrid")
+    with jax.set_mesh(mesh):
+        split = jax.device_put(model, shardings(model, mesh))
+        got = generate(split, PROMPTS, max_new_tokens=NEW, sampling=GREEDY, key=KEY)
+    np.testing.assert_array_equal(np.stack(got), np.stack(greedy("hybrid")))

@@ -28,8 +28,8 @@ def selective_scan_reference(
     ys = []
     for t in range(u.shape[1]):
         keep = None if reset is None else 1.0 - reset[:, t].astype(f32)
-        inputs = (x[:, t].astype(f32) for x in (u, dt))
-        state, y = scan_step(state, *inputs, a, b[:, t].astype(f32), c[:, t].astype(f32), keep)
+        u_t, dt_t, b_t, c_t = (x[:, t].astype(f32) for x in (u, dt, b, c))
+        state, y = scan_step(state, u_t, dt_t, a, b_t, c_t, keep)
         ys.append(y)
     y = jnp.stack(ys, axis=1) + d.astype(f32) * u.astype(f32)
     return y.astype(u.dtype), state

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from slm_jax.models.lm import LM, LMConfig
@@ -43,7 +44,7 @@ class LMTask:
     ) -> tuple[Loss, dict[str, jax.Array], Any]:
         """Loss over the tokens that count; logs the bare cross-entropy and the MoE terms."""
         total, weight, aux = next_token_loss(model, batch, chunk=self.objective.chunk, key=key)
-        logged = {"nll": total / weight}
+        logged = {"nll": total / jnp.maximum(weight, 1.0)}
         if aux:
             balance = self.objective.load_balance * aux["moe_load_balance"].mean()
             total = total + weight * (balance + self.objective.router_z * aux["moe_z"].mean())
@@ -69,7 +70,7 @@ class LMTask:
             if not isinstance(old.channel, MoE):
                 return old
             loads = [load_of[i] for i in layers]
-            load = jax.numpy.stack(loads) if stacked else loads[0]
+            load = jnp.stack(loads) if stacked else loads[0]
             return _with(old, channel=moved(old.channel, load))
 
         blocks = [

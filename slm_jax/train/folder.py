@@ -1,0 +1,112 @@
+"""The folder of a run: its configuration and its result, each there whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from slm_jax.errors import UserError
+from slm_jax.train.serialize import differences
+
+CONFIG_FILE = "config.json"
+RESULT_FILE = "result.json"
+
+
+def check_folder(
+    out: Path, config: dict[str, Any], *, free: Collection[str], overwrite: bool
+) -> dict[str, Any] | None:
+    """Checks that a folder is free, or of this run; changes nothing.
+
+    Args:
+        out: run folder, which need not exist.
+        config: what is to run, as `to_json` gives it.
+        free: top-level fields that may differ from those of the run that is there.
+        overwrite: any run may be there.
+
+    Returns:
+        The result, if this run is there and done.
+
+    Raises:
+        UserError: if the folder holds another run, or anything else.
+    """
+    if not (out / CONFIG_FILE).exists():
+        # A run that was killed as it began leaves its temporary file.
+        begun = _temporary(out / CONFIG_FILE)
+        if out.exists() and any(path != begun for path in out.iterdir()):
+            raise UserError(
+                f"out={out} is not empty and holds no run: choose another --out or empty it"
+            )
+        return None
+    saved = read_config(out)
+    if overwrite:
+        return None
+    kept = [{k: c[k] for k in c if k not in free} for c in (saved, config)]
+    changed = differences(kept[0], kept[1])
+    if changed:
+        raise UserError(
+            f"out={out} holds another run ({changed[0]}"
+            + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
+            + "): choose another --out, or --overwrite to delete it"
+        )
+    result = out / RESULT_FILE
+    return _read_json(result) if result.exists() else None
+
+
+def make_folder(out: Path, config: dict[str, Any], *, overwrite: bool) -> None:
+    """Makes a folder that `check_folder` has passed, unless this run has it already."""
+    file = out / CONFIG_FILE
+    if overwrite and file.exists():
+        _delete_run(out)
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(file, config)
+
+
+def write_result(out: Path, result: dict[str, Any]) -> None:
+    """Puts the result of a finished run into its folder."""
+    _write_json(out / RESULT_FILE, result)
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """The configuration of the run in `out`, as `to_json` gave it.
+
+    Raises:
+        UserError: if the folder holds no run.
+    """
+    if not (out / CONFIG_FILE).exists():
+        raise UserError(f"run={out} has no {CONFIG_FILE}: give the folder of a training run")
+    data = _read_json(out / CONFIG_FILE)
+    if data.get("type") != "Experiment":  # so does many a downloaded model
+        raise UserError(f"run={out} has the {CONFIG_FILE} of something else: give that of a run")
+    return data
+
+
+def _delete_run(out: Path) -> None:
+    # The result first and the configuration last: what a kill leaves is an unfinished run.
+    (out / RESULT_FILE).unlink(missing_ok=True)
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != CONFIG_FILE:
+            path.unlink()
+    (out / CONFIG_FILE).unlink()
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_suffix(".tmp")
+
+
+def _write_json(file: Path, data: dict[str, Any]) -> None:
+    _temporary(file).write_text(json.dumps(data, indent=1) + "\n")
+    _temporary(file).replace(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text())
+        if not isinstance(data, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): is it the folder of a run?") from error
+    return data

@@ -1,0 +1,86 @@
+"""Run by test_equality.py in a process of its own, so that XLA's log can be read.
+
+    python compare.py ARCHITECTURE:DATAxFSDP,... ...
+
+For every architecture it writes a line to stderr, which what XLA logs then follows, and a JSON
+object to stdout: a list with the result on every mesh. A gradient's error is the largest one over
+the largest value. The architecture "control" compiles something that XLA can only do by
+replicating an array.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from slm_jax.models.loss import next_token_loss
+from slm_jax.parallel import MeshConfig, make_mesh, shard_batch, shardings
+from tests.nn.tiny import tiny_lm, tokens
+
+ROWS, LENGTH = 8, 12
+
+
+def control() -> None:
+    """Moves the split of an array from one dimension to others halfway through a program."""
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
+
+    def resplit(x):
+        for split in (P(None, ("a", "c")), P("c", None)):
+            x = jax.lax.with_sharding_constraint(jnp.sin(x), NamedSharding(mesh, split))
+        return x
+
+    jax.jit(resplit).lower(jnp.zeros((64, 64))).compile()
+
+
+@jax.jit
+@jax.value_and_grad
+def loss_of(model, batch):
+    nll, weight, aux = next_token_loss(model, batch, chunk=6)
+    return nll / weight + sum(jnp.sum(v) for k, v in sorted(aux.items()) if k != "moe_load")
+
+
+def compare(architecture: str, meshes: list[str]) -> list[dict]:
+    """Loss and gradients on every mesh against the same program without one."""
+    model = tiny_lm(architecture, remat="full", n_layers=2)
+    ids = tokens(ROWS, LENGTH + 1)
+    segments = np.where(np.arange(LENGTH) < 5, 1, 2) * np.ones((ROWS, 1), np.int32)
+    segments[3:5, 9:] = 0  # padding in some shards only
+    batch = dict(
+        tokens=ids[:, :-1],
+        targets=ids[:, 1:],
+        segments=segments,
+        weights=(segments > 0).astype(np.float32),
+    )
+    loss, gradient = loss_of(model, batch)
+    results = []
+    for name in meshes:
+        data, fsdp = map(int, name.split("x"))
+        mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp))
+        with jax.set_mesh(mesh):
+            split = jax.device_put(model, shardings(model, mesh))
+            got, got_gradient = loss_of(split, shard_batch(batch, mesh))
+        errors = jax.tree.map(
+            lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max()),
+            got_gradient,
+            gradient,
+        )
+        same = jax.tree.map(lambda a, b: a.sharding == b.sharding, got_gradient, split)
+        result = dict(mesh=name, loss=float(got), loss_without_mesh=float(loss),
+                      gradient_error=max(jax.tree.leaves(errors)),
+                      gradient_split_as_weights=all(jax.tree.leaves(same)))  # fmt: skip
+        results.append(result)
+    return results
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        architecture, _, meshes = argument.partition(":")
+        print(f"=== {architecture}", file=sys.stderr, flush=True)
+        if architecture == "control":
+            control()
+        else:
+            print(json.dumps(compare(architecture, meshes.split(","))), flush=True)

@@ -1,0 +1,64 @@
+"""Loss and gradients on eight devices are those on one, and XLA never replicates to get there."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+COMPLAINT = "Involuntary full rematerialization"
+
+
+@cache
+def compare(*arguments: str) -> dict[str, tuple[list[dict], str]]:
+    """Runs compare.py on eight fake devices: results and XLA's log for every architecture."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        # The splits are the same at any level, and nothing here runs twice.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is not compiled is not logged
+        "TF_CPP_MIN_LOG_LEVEL": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    command = [sys.executable, str(Path(__file__).parent / "compare.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    logs = dict(part.split("\n", 1) for part in done.stderr.split("=== ")[1:])
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return {n: (r, logs[n]) for n, r in zip(logs, [*results, []], strict=True)}
+
+
+ARCHITECTURES = ["dense", "moe", "moe_capacity", "mamba", "hybrid"]
+# One process for the test of every day, and one for the meshes that dense alone stands for there.
+EVERY_DAY = ("dense:8x1,1x8,2x4", *(f"{name}:2x4" for name in ARCHITECTURES[1:]), "control")
+THE_REST = (*(f"{name}:8x1,1x8" for name in ARCHITECTURES[1:]), "control")
+
+
+def check(arguments: tuple[str, ...], architecture: str) -> None:
+    results, log = compare(*arguments)[architecture]
+    [meshes] = [a.partition(":")[2] for a in arguments if a.startswith(f"{architecture}:")]
+    assert [r["mesh"] for r in results] == meshes.split(",")
+    for r in results:
+        assert r["loss"] == pytest.approx(r["loss_without_mesh"], rel=1e-5), r
+        assert r["gradient_error"] < 1e-5, r
+        assert r["gradient_split_as_weights"], r
+    assert COMPLAINT not in log
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_mesh_does_not_change_loss_or_gradients(architecture: str) -> None:
+    check(EVERY_DAY, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_no_mesh_changes_loss_or_gradients(architecture: str) -> None:
+    check(THE_REST, architecture)
+
+
+def test_the_complaint_is_seen_when_there_is_one() -> None:
+    assert COMPLAINT in compare(*EVERY_DAY)["control"][1]
