@@ -196,7 +196,7 @@ class LM(nnx.Module):
         period = len(config.pattern)
         repeats = config.n_layers // period
         keys = None if key is None else jax.random.split(key, (repeats + 1, period))
-        auxes: list[dict[str, jax.Array]] = []
+        stacked: tuple[dict[str, jax.Array], ...] = ()
         new: dict[str, tuple[Any, ...]] = {"blocks": (), "tail": ()}
         if repeats:
 
@@ -211,13 +211,9 @@ class LM(nnx.Module):
                 (list(self.blocks), old, None if keys is None else keys[:-1]),
                 unroll=min(config.scan_unroll, repeats),
             )
-            auxes += [
-                jax.tree.map(lambda a, r=r: a[r], aux) for r in range(repeats) for aux in stacked
-            ]
         old = (None,) * len(self.tail) if state is None else state["tail"]
         x, tail_aux, new["tail"] = run(x, list(self.tail), old, None if keys is None else keys[-1])
-        auxes = [aux for aux in [*auxes, *tail_aux] if aux]
-        aux = jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else {}
+        aux = _by_layer(stacked, tail_aux)
         return self.final_norm(x, dtype), aux, None if state is None else new
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -250,6 +246,23 @@ class LM(nnx.Module):
             "blocks": tuple(jax.tree.map(stack, one(b)) for b in self.blocks),
             "tail": tuple(one(b) for b in self.tail),
         }
+
+
+def _by_layer(
+    stacked: tuple[dict[str, jax.Array], ...], tail: tuple[dict[str, jax.Array], ...]
+) -> dict[str, jax.Array]:
+    """Aux terms of all layers that have any, in their order, along a new first axis.
+
+    `stacked` has one entry a position of the pattern, `[periods, ...]`; `tail` one a layer.
+    """
+
+    def interleave(*positions: jax.Array) -> jax.Array:
+        return jnp.stack(positions, axis=1).reshape(-1, *positions[0].shape[1:])
+
+    full, rest = [aux for aux in stacked if aux], [aux for aux in tail if aux]
+    parts = [jax.tree.map(interleave, *full)] if full else []
+    parts += [jax.tree.map(lambda a: a[None], aux) for aux in rest]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else {}
 
 
 def default_positions(length: int, segments: jax.Array | None) -> jax.Array:

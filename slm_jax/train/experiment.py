@@ -191,8 +191,10 @@ def evaluate(config: Experiment, corpus: Corpus, mesh: Mesh, state: TrainState) 
     if state.ema is not None:
         models["valid_loss_ema"] = state.ema
     sums: dict[str, list[Any]] = {name: [] for name in models}
+    rows = config.batch_size // config.accumulate // jax.process_count()
+    first = jax.process_index() * rows
     for batch in batches:
-        split = shard_batch(batch, mesh)
+        split = shard_batch({k: v[first : first + rows] for k, v in batch.items()}, mesh)
         for name, model in models.items():
             sums[name].append(score(model, split))
     out = {}

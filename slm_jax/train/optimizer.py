@@ -20,7 +20,8 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon", "lion"] = "adamw"
     """adamw, lion (arXiv 2302.06675), or muon: orthogonalised momentum for the matrices of the
-    layers, scaled to Adam's update size (arXiv 2502.16982), Adam for the rest."""
+    layers, scaled to Adam's update size (arXiv 2502.16982), Adam with Nesterov's look-ahead for
+    the rest."""
     weight_decay: float = 0.1
     """Decoupled, times the learning rate; never on norms, biases, A_log, D or dt bias."""
     b1: float = 0.9

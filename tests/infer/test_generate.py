@@ -12,7 +12,7 @@ from slm_jax.infer import Sampling, generate, stream
 from slm_jax.infer.generate import decode, left_pad, prefill
 from slm_jax.models.lm import LM
 from slm_jax.nn.attention import KVCache
-from slm_jax.parallel import MeshConfig, make_mesh, shardings
+from slm_jax.parallel import MeshConfig, make_mesh, shard_batch, shardings
 from tests.nn.tiny import VOCAB, WINDOW, tiny_lm, tokens
 
 GREEDY = Sampling(temperature=0)
@@ -28,9 +28,7 @@ model_of = cache(tiny_lm)
 
 @cache
 def greedy(name: str) -> tuple[np.ndarray, ...]:
-    return tuple(
-        generate(model_of(name), PROMPTS, max_new_tokens=NEW, sampling=GREEDY, key=KEY)
-    )
+    return tuple(generate(model_of(name), PROMPTS, max_new_tokens=NEW, sampling=GREEDY, key=KEY))
 
 
 @cache
@@ -157,8 +155,24 @@ def test_errors_come_at_the_call(change: dict, message: str) -> None:
 
 def test_generation_works_with_weights_split_over_devices() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    model = model_of("hybrid")
     with jax.set_mesh(mesh):
-        split = jax.device_put(model, shardings(model, mesh))
+        split = jax.device_put(model_of("hybrid"), shardings(model_of("hybrid"), mesh))
         got = generate(split, PROMPTS, max_new_tokens=NEW, sampling=GREEDY, key=KEY)
     np.testing.assert_array_equal(np.stack(got), np.stack(greedy("hybrid")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_state_is_split_over_devices_as_the_rows_are(name: str) -> None:
+    mesh, model = make_mesh(MeshConfig(data=2, fsdp=4)), model_of(name)
+    padded, segments = left_pad([tokens(1, 9, seed=i)[0] for i in range(8)])
+    fed, places = padded[:, -1], np.full(8, 9, np.int32)
+    _, state = prefill(model, padded, segments, 32)
+    want, _ = decode(model, fed, places, state)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(model, shardings(model, mesh))
+        rows = shard_batch(dict(tokens=padded, segments=segments, fed=fed), mesh)
+        _, state = prefill(split, rows["tokens"], rows["segments"], 32)
+        got, _ = decode(split, rows["fed"], places, state)
+    assert got.sharding.shard_shape(got.shape) == (1, VOCAB)
+    np.testing.assert_allclose(got, want, atol=1e-5)

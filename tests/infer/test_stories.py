@@ -12,7 +12,7 @@ from slm_jax.models.lm import LM, LMConfig
 from slm_jax.nn.attention import AttentionConfig
 from slm_jax.nn.block import LayerConfig
 from slm_jax.nn.mlp import MLPConfig
-from slm_jax.nn.module import named_leaves, is_variable
+from slm_jax.nn.module import is_variable, named_leaves
 from slm_jax.nn.rope import RopeConfig
 
 FOLDER = Path(__file__).parent.parent / "data" / "stories260K"

@@ -116,9 +116,7 @@ def test_gradients_are_those_of_the_reference() -> None:
         return jnp.sum(attention(*qkv, **settings, implementation=implementation) * weights)
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    for got, want in zip(
-        gradient((q, k, v), "xla"), gradient((q, k, v), "reference"), strict=True
-    ):
+    for got, want in zip(gradient((q, k, v), "xla"), gradient((q, k, v), "reference"), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -140,5 +138,5 @@ def test_errors_name_what_does_not_fit() -> None:
         attention(q, k, v[:, :5], **places)
     with pytest.raises(ValueError, match="given together or not at all"):
         attention(q, k, v, **places, q_segments=PACKED)
-    with pytest.raises(ValueError, match="implementation='flash' does not exist.*reference, xla"):
+    with pytest.raises(ValueError, match=r"implementation='flash' does not exist.*reference, xla"):
         attention(q, k, v, **places, implementation="flash")

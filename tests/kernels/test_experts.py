@@ -40,9 +40,7 @@ def oracle(x, w, g, sizes):
 
 
 def value_and_gradients(x, w, g, sizes, implementation):
-    y, pull = jax.vjp(
-        lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), x, w
-    )
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), x, w)
     return y, *pull(g)
 
 

@@ -1,5 +1,7 @@
 """The selective scan and its convolution against float64 loops in numpy."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +76,7 @@ def test_reset_is_a_new_document() -> None:
     reset = np.zeros((B, 19), bool)
     reset[:, cuts[1:-1]] = True
     y, last = scan(**x, reset=reset, implementation="xla")
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         part = {k: v[:, begin:end] if k in ("u", "dt", "b", "c") else v for k, v in x.items()}
         if begin:
             del part["initial_state"]
@@ -153,7 +155,7 @@ def test_scan_errors_name_the_argument() -> None:
         selective_scan(**x | {"dt": x["dt"][:, :3]})
     with pytest.raises(ValueError, match=r"initial_state\(1, 4, 3\): want"):
         selective_scan(**x | {"initial_state": x["initial_state"][:1]})
-    with pytest.raises(ValueError, match="implementation='fast' does not exist.*reference, xla"):
+    with pytest.raises(ValueError, match=r"implementation='fast' does not exist.*reference, xla"):
         selective_scan(**x, implementation="fast")
 
 

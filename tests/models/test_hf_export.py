@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 from slm_jax.models.hf import load_hf, save_hf
@@ -68,3 +69,34 @@ def test_other_models_give_our_logits(tmp_path: Path) -> None:
         folders.append(tmp_path / name)
         save_hf(model, folders[-1])
     check(folders, golden)
+
+
+class ByteLevel:
+    """A byte-level tokenizer without merges, as small as they come."""
+
+    def __init__(self) -> None:
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:46]
+        vocab = {character: i for i, character in enumerate(alphabet)} | {"<eos>": 46}
+        self.inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+        self.inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.vocab_size, self.eos_id = 47, 46
+
+    def to_json(self) -> str:
+        return self.inner.to_str()
+
+
+def test_tokenizer_and_generation(tmp_path: Path) -> None:
+    tokenizer, text = ByteLevel(), "ABC(123)"
+    save_hf(load_hf(GOLDEN / "llama-reinit"), tmp_path / "out", tokenizer=tokenizer)
+    program = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+batch = tokenizer(sys.argv[2], return_tensors="pt")
+out = model.generate(**batch, max_new_tokens=4, do_sample=False)
+print(tokenizer.eos_token_id, model.config.eos_token_id, *batch["input_ids"][0].tolist())
+"""
+    printed = with_transformers("-c", program, tmp_path / "out", text)
+    ids = tokenizer.inner.encode(text).ids
+    assert printed.splitlines()[-1] == f"46 46 {' '.join(map(str, ids))}"

@@ -70,9 +70,7 @@ def test_a_pattern_with_a_tail_is_its_layers_one_after_another() -> None:
     np.testing.assert_allclose(logits_of(flat, ids), logits_of(model, ids), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "change", [dict(scan_unroll=2, remat="full"), dict(remat="dots")], ids=str
-)
+@pytest.mark.parametrize("change", [dict(scan_unroll=2, remat="full"), dict(remat="dots")], ids=str)
 def test_how_layers_are_run_does_not_change_the_result(change: dict) -> None:
     loss, gradient = loss_and_gradient(model_of("dense"), batch())
     model = tiny_lm("dense", **change)

@@ -71,9 +71,7 @@ def test_sparsemixer_weighs_close_competitors_only() -> None:
 
 def test_sparsemixer_draws_by_probability_and_scales_what_misses_the_best() -> None:
     n = 40_000
-    weights, experts, _ = route(
-        jnp.tile(CLOSE, (n, 1)), 2, "sparsemixer", key=jax.random.key(0)
-    )
+    weights, experts, _ = route(jnp.tile(CLOSE, (n, 1)), 2, "sparsemixer", key=jax.random.key(0))
     weights, experts = np.asarray(weights), np.asarray(experts)
     p = softmax(CLOSE[:3])
     share = np.bincount(experts[:, 0], minlength=4) / n

@@ -33,7 +33,9 @@ PATTERNS: dict[str, tuple[LayerConfig, ...]] = {
 
 def tiny_config(name: str, **changes: Any) -> LMConfig:
     """Three layers of an architecture of `PATTERNS`: the hybrid one has a tail."""
-    return LMConfig(**dict(vocab_size=VOCAB, d_model=D_MODEL, n_layers=3, pattern=PATTERNS[name]) | changes)
+    return LMConfig(
+        **dict(vocab_size=VOCAB, d_model=D_MODEL, n_layers=3, pattern=PATTERNS[name]) | changes
+    )
 
 
 def random_leaf(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

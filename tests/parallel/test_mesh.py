@@ -8,7 +8,15 @@ from jax.sharding import PartitionSpec as P
 from slm_jax.errors import UserError
 from slm_jax.models.lm import LM
 from slm_jax.nn.module import named_leaves
-from slm_jax.parallel import MESH_AXES, MeshConfig, make_mesh, shard_batch, shardings, spec, use_rules
+from slm_jax.parallel import (
+    MESH_AXES,
+    MeshConfig,
+    make_mesh,
+    shard_batch,
+    shardings,
+    spec,
+    use_rules,
+)
 from tests.nn.tiny import tiny_config
 
 
