@@ -282,6 +282,9 @@ def test_named_class_that_does_not_fit() -> None:
         config_to_hf(config, "qwen2")
     with pytest.raises(UserError, match=r"model_type='bert' is unknown"):
         config_to_hf(config, "bert")
+    _, odd = VARIANTS["width-not-of-heads"]
+    with pytest.raises(UserError, match=r"d_model=32 must be a multiple of n_heads=3"):
+        config_to_hf(odd, "llama")
 
 
 def test_every_class_has_a_golden_case() -> None:

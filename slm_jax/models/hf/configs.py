@@ -184,8 +184,9 @@ def config_to_hf(config: LMConfig, model_type: str | None = None) -> dict[str, A
     for name, family in candidates.items():
         hf = _written(name, family, config)
         try:
-            if family.whole_heads and config.d_model % hf.get("num_attention_heads", 1):
-                raise UserError(f"d_model={config.d_model} is not a multiple of n_heads")
+            heads = hf.get("num_attention_heads", 1)
+            if family.whole_heads and config.d_model % heads:
+                raise UserError(f"d_model={config.d_model} must be a multiple of n_heads={heads}")
             unlike = differences(config, config_from_hf(hf))
         except UserError as error:
             refusals.append(f"{name}: {error}")

@@ -7,6 +7,7 @@ from typing import Any
 from slm_jax.models.hf.rope import rope_to_hf
 from slm_jax.models.lm import LMConfig
 from slm_jax.nn.attention import AttentionConfig
+from slm_jax.nn.mlp import MLPConfig
 from slm_jax.nn.moe import MoEConfig
 from slm_jax.nn.rope import LongRopeScaling
 from slm_jax.nn.ssm import MambaConfig
@@ -22,7 +23,7 @@ def values(config: LMConfig, activations: Mapping[str, str]) -> dict[str, Any]:
     layers = [config.layer(i) for i in range(config.n_layers)]
     attention = [m for x in layers if isinstance(m := x.mixer, AttentionConfig)]
     mamba = [m for x in layers if isinstance(m := x.mixer, MambaConfig)]
-    channels = [x.channel for x in layers if x.channel is not None]
+    channels = [c for x in layers if isinstance(c := x.channel, MLPConfig | MoEConfig)]
     experts = [c for c in channels if isinstance(c, MoEConfig)]
     out: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -64,7 +65,7 @@ def values(config: LMConfig, activations: Mapping[str, str]) -> dict[str, Any]:
                 out["original_max_position_embeddings"] = ropes[0].scaling.original_length
     if channels:
         c = channels[0]
-        name = activations[c.activation]
+        name = activations.get(c.activation)
         out |= {
             "intermediate_size": c.d_ff,
             "hidden_act": name,
@@ -145,7 +146,7 @@ def _flat(config: LMConfig) -> dict[str, Any]:
             out.pop("residual_dtype", None)  # only Mamba's class has a word for it
             if layer.mixer.scale is None:
                 out[f"{path}.mixer.scale"] = layer.mixer.head_dim**-0.5
-        else:
+        if isinstance(layer.mixer, MambaConfig):
             out[f"{path}.mixer.dt_rank"] = layer.mixer.resolved_dt_rank(config.d_model)
         if isinstance(layer.channel, MoEConfig) and layer.channel.routing != "sparsemixer":
             del out[f"{path}.channel.jitter_eps"]

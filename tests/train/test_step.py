@@ -1,0 +1,164 @@
+"""The step on a task small enough to check by hand, and the balance of experts."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slm_jax.models.lm import LMConfig
+from slm_jax.nn.block import LayerConfig
+from slm_jax.nn.module import Buffer, named_leaves, parameter
+from slm_jax.train.optimizer import OptimizerConfig
+from slm_jax.train.step import StepConfig, TrainState, init_state, train_step
+from slm_jax.train.task import Loss
+from slm_jax.train.tasks.lm import LMLossConfig, LMTask
+from tests.train import tiny
+
+ROWS = 12
+RATE = np.float32(0.1)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Weighted least squares; the carry holds the keys of the last two microbatches."""
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        model = {
+            "w": parameter(jax.random.normal(key, (3,)), (None,)),
+            "worst": Buffer(jnp.zeros(()), axes=()),
+        }
+        return model, jnp.zeros((2, 2), jnp.uint32)
+
+    def loss(
+        self, model: Any, batch: Mapping[str, jax.Array], carry: Any, key: jax.Array
+    ) -> tuple[Loss, dict[str, jax.Array], Any]:
+        error = jnp.square(batch["x"] @ model["w"][...] - batch["y"]) * batch["weights"]
+        total, weight = jnp.sum(error), jnp.sum(batch["weights"])
+        aux = {"error": total / jnp.maximum(weight, 1.0)}
+        return Loss(total, weight), aux, jnp.stack([carry[1], jax.random.key_data(key)])
+
+    def after_update(self, model: Any, aux: dict[str, jax.Array]) -> Any:
+        worst = jnp.maximum(model["worst"][...], aux["error"])
+        return model | {"worst": model["worst"].replace(worst)}
+
+
+def regression_batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(ROWS, 3)).astype(np.float32)
+    weights = rng.uniform(0.5, 3.0, ROWS).astype(np.float32)
+    weights[1::4] = 0.0  # with four microbatches, one of them counts for nothing
+    return {"x": x, "y": rng.normal(size=ROWS).astype(np.float32), "weights": weights}
+
+
+def steps(config: StepConfig, n: int, batch: Any, state: TrainState | None = None) -> Any:
+    """The states before and after each of n steps, and their metrics."""
+    # Unoptimised code: it runs a few times.
+    options = {"xla_backend_optimization_level": 0}
+    if state is None:
+        state = jax.jit(functools.partial(init_state, config), compiler_options=options)(
+            np.uint32(3)
+        )
+    step = jax.jit(functools.partial(train_step, config), compiler_options=options)
+    for _ in range(n):
+        before = state
+        state, metrics = step(before, batch, RATE)
+        yield before, state, metrics
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_microbatches_of_uneven_weight_add_up_to_the_batch(accumulate: int) -> None:
+    batch = regression_batch()
+    config = StepConfig(Regression(), OptimizerConfig(clip_norm=None), accumulate)
+    for before, _, metrics in steps(config, 2, batch):
+        w = np.asarray(before.model["w"].get_value(), np.float64)
+        residual = batch["x"] @ w - batch["y"]
+        weight = batch["weights"].sum()
+        loss = (batch["weights"] * residual**2).sum() / weight
+        gradient = 2 * (batch["weights"] * residual) @ batch["x"] / weight
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+        np.testing.assert_allclose(metrics["error"], loss, rtol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-6)
+
+
+def test_update_average_and_buffer() -> None:
+    """Buffers follow the task alone: no decay, no momentum, no average."""
+    config = StepConfig(
+        Regression(), OptimizerConfig(weight_decay=0.5, clip_norm=None), ema_decay=0.75
+    )
+    worst = 0.0
+    moved = []
+    for before, after, metrics in steps(config, 3, regression_batch()):
+        model, ema = after.model["w"].get_value(), after.ema["w"].get_value()
+        want = 0.75 * before.ema["w"].get_value() + 0.25 * model
+        np.testing.assert_allclose(ema, want, rtol=1e-6)
+        worst = max(worst, float(metrics["error"]))
+        assert float(after.model["worst"].get_value()) == pytest.approx(worst)
+        assert float(after.ema["worst"].get_value()) == float(after.model["worst"].get_value())
+        moved.append(float(jnp.abs(model - ema).max()))
+        assert int(after.step) == int(before.step) + 1
+    np.testing.assert_array_less(0.01, moved)
+
+
+def test_every_microbatch_has_noise_of_its_own() -> None:
+    """And none of it is what the initial weights were made of: splits of the seed's key."""
+    task = Regression()
+    seen = [k for n in (4, 7) for k in jax.random.key_data(jax.random.split(jax.random.key(3), n))]
+    for _, after, _ in steps(StepConfig(task, OptimizerConfig(), 2), 3, regression_batch()):
+        seen += list(after.carry)
+    state = init_state(StepConfig(task, OptimizerConfig()), jnp.uint32(4))
+    for _, after, _ in steps(StepConfig(task, OptimizerConfig()), 2, regression_batch(), state):
+        seen.append(after.carry[1])
+    # split(key, 7) begins with split(key, 4); all others differ.
+    assert len({tuple(np.asarray(k).tolist()) for k in seen}) == len(seen) - 4
+
+
+# MoE layers are 0 and 2: one in the scanned period, one in the tail.
+MIXED = LMConfig(
+    64, 16, 3, (LayerConfig(tiny.ATTENTION, tiny.MOE), LayerConfig(tiny.ATTENTION, tiny.MLP))
+)
+BALANCE = LMLossConfig(load_balance=0.5, router_z=0.25, bias_rate=0.125)
+BIASES = ("blocks.0.channel.bias", "tail.0.channel.bias")
+
+
+def skewed_state(config: StepConfig) -> TrainState:
+    """Experts 0 (first MoE layer) and 3 (second) are always chosen at first."""
+    options = {"xla_backend_optimization_level": 0}
+    init = jax.jit(functools.partial(init_state, config), compiler_options=options)
+    state = init(np.uint32(0))
+    for bias, expert in zip((named_leaves(state.model)[b] for b in BIASES), (0, 3), strict=True):
+        bias.set_value(bias.get_value().at[..., expert].set(2.0))
+    return state
+
+
+def test_router_biases_even_out_the_load_and_balance_terms_are_in_the_loss() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 64, (8, 17)).astype(np.int32)
+    weights = rng.integers(0, 2, (8, 16)).astype(np.float32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+    config = StepConfig(LMTask(MIXED, BALANCE), OptimizerConfig(weight_decay=0.3))
+    loads = []
+    for before, after, metrics in steps(config, 40, batch, skewed_state(config)):
+        balance, z = metrics["moe_load_balance"], metrics["moe_z"]
+        assert balance.shape == z.shape == metrics["moe_dropped"].shape == (2,)
+        want = metrics["nll"] + 0.5 * balance.mean() + 0.25 * z.mean()
+        np.testing.assert_allclose(metrics["loss"], want, rtol=1e-6)
+
+        load = np.asarray(metrics["moe_load"])
+        np.testing.assert_allclose(load.sum(axis=1), 1.0, rtol=1e-6)
+        for layer, name in enumerate(BIASES):
+            old, new = (
+                np.asarray(named_leaves(s.model)[name].get_value()) for s in (before, after)
+            )
+            change = 0.125 * np.sign(load[layer].mean() - load[layer])
+            np.testing.assert_array_equal(new, old + change.astype(np.float32))
+        loads.append(load)
+    # Two of four experts a token: an expert that is always chosen has half of all assignments.
+    assert loads[0][0, 0] == loads[0][1, 3] == 0.5
+    assert max(np.max(loads[-8:], axis=0)[layer, e] for layer, e in ((0, 0), (1, 3))) < 0.45
+    assert np.mean(loads[-8:], axis=0).max() < 0.35
+    assert np.mean(loads[-8:], axis=0).min() > 0.15
