@@ -53,6 +53,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids` [n]; ends of text are left out, broken UTF-8 becomes U+FFFD."""
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that gives the same ids, for the `tokenizers` library."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
@@ -79,6 +82,18 @@ class ByteTokenizer:
         """Text of `ids` [n]; 256 is left out, broken UTF-8 becomes U+FFFD."""
         ids = _checked_ids(ids, self.vocab_size)
         return ids[ids != self.eos_id].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def to_json(self) -> str:
+        """A byte-level BPE without merges: every byte is a token."""
+        # GPT-2's names of the bytes: printable ones are themselves, the rest follow from U+0100.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        rest = [byte for byte in range(256) if byte not in printable]
+        names = {chr(byte): byte for byte in printable}
+        names |= {chr(256 + i): byte for i, byte in enumerate(rest)}
+        vocab = names | {END_OF_TEXT: self.eos_id}
+        inner = _byte_level(tokenizers.models.BPE(vocab, []))
+        inner.add_special_tokens([END_OF_TEXT])
+        return inner.to_str()
 
 
 class BPETokenizer:
@@ -114,6 +129,10 @@ class BPETokenizer:
         """Text of `ids` [n]; special tokens are left out, broken UTF-8 becomes U+FFFD."""
         ids = _checked_ids(ids, self.vocab_size)
         return self._inner.decode(ids.tolist(), skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        """As the `tokenizers` library writes it."""
+        return self._inner.to_str()
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -126,8 +126,6 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
     finished = folder.check_folder(config.out, given, free=_FREE, overwrite=config.overwrite)
     if finished is not None:
         return Result(**finished)
-    mesh = make_mesh(config.mesh)
-    program = compile_program(config, mesh)
     batches = train_batches(
         corpus,
         batch_size=config.batch_size,
@@ -136,6 +134,8 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    mesh = make_mesh(config.mesh)
+    program = compile_program(config, mesh)
     # Last: a configuration that cannot run leaves no folder.
     folder.make_folder(config.out, given, overwrite=config.overwrite)
     end = train(

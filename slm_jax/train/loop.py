@@ -30,7 +30,7 @@ class LoopConfig:
     """How long to train and what to do on the way. Nothing here changes the numbers."""
 
     log_every: int = 1
-    """Steps between records; values of the steps between are not read."""
+    """Steps between records."""
     eval_every: int = 0
     """Steps between evaluations on held-out text; 0 is at the end only."""
     checkpoint_every: int = 0
@@ -98,7 +98,8 @@ def train(
         derive: adds quantities (bits per byte, MFU) to a step's record.
 
     Raises:
-        DivergedError: if a loss or gradient norm is not finite; the last good checkpoint stays.
+        DivergedError: if a loss, a gradient norm or what `evaluate` returned is not finite; the
+            last good checkpoint stays.
     """
     with (
         jax.set_mesh(mesh),
@@ -117,6 +118,15 @@ def train(
         pending: tuple[int, dict[str, jax.Array]] | None = None
         clock = time.perf_counter()
 
+        def check(values: dict[str, float], step: int) -> None:
+            if not np.isfinite(list(values.values())).all():
+                kept = f"checkpoint {saved} is the last good one" if saved else "no checkpoint yet"
+                raise DivergedError(
+                    f"{', '.join(f'{k}={v}' for k, v in values.items())} at step {step} with "
+                    f"learning_rate={schedule(step, steps):.3g}: lower it or lengthen the warm-up; "
+                    f"{kept} ({folder})"
+                )
+
         def settle() -> None:
             """Reads the metrics of the step dispatched before, logs them, stops on NaN."""
             nonlocal pending, clock
@@ -129,13 +139,7 @@ def train(
             durations.append(now - clock)
             clock = now
             rate = tokens / float(np.median(durations[-20:]))
-            if not (np.isfinite(loss) and np.isfinite(norm)):
-                kept = f"checkpoint {saved} is the last good one" if saved else "no checkpoint yet"
-                raise DivergedError(
-                    f"loss={loss}, grad_norm={norm} at step {step} with learning_rate="
-                    f"{schedule(step, steps):.3g}: lower it or lengthen the warm-up; {kept} "
-                    f"({folder})"
-                )
+            check({"loss": loss, "grad_norm": norm}, step)
             if step % config.log_every == 0 or step == steps - 1:
                 values: dict[str, Any] = {k: np.asarray(v) for k, v in metrics.items()}
                 values |= {"learning_rate": schedule(step, steps), "tokens_per_second": rate}
@@ -156,6 +160,7 @@ def train(
                     if done == steps or (config.eval_every and done % config.eval_every == 0):
                         settle()
                         evaluation = evaluate(state)
+                        check(evaluation, step)
                         log.write(step, evaluation)
                         clock = time.perf_counter()
                     every = config.checkpoint_every

@@ -123,7 +123,7 @@ def train_step(
     ema = state.ema
     if config.ema_decay is not None:
         ema = _moving_average(state.ema, model, config.ema_decay)
-    metrics = {"loss": total * scale, "grad_norm": optax.global_norm(grads), **aux}
+    metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(grads), **aux}
     return TrainState(state.step + 1, state.seed, model, opt_state, ema, carry), metrics
 
 

@@ -53,6 +53,17 @@ def test_round_trip_of_any_text(bpe: BPETokenizer, text: str) -> None:
     assert bpe.decode(bpe.encode(text)) == text
 
 
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_written_tokenizer_gives_the_same_ids(kind: str, bpe: BPETokenizer, tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer() if kind == "byte" else bpe
+    file = tmp_path / "tokenizer.json"
+    file.write_text(tokenizer.to_json(), encoding="utf-8")
+    again = load_tokenizer(str(file))
+    assert (again.vocab_size, again.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    np.testing.assert_array_equal(again.encode(MIXED), tokenizer.encode(MIXED))
+    assert again.decode(tokenizer.encode(MIXED)) == MIXED
+
+
 def test_bpe_compresses_and_batches(bpe: BPETokenizer) -> None:
     ids = bpe.encode(TEXTS[0])
     assert ids.dtype == np.int32

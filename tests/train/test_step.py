@@ -20,7 +20,6 @@ from slm_jax.train.tasks.lm import LMLossConfig, LMTask
 from tests.train import tiny
 
 ROWS = 12
-RATE = np.float32(0.1)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,9 @@ def regression_batch() -> dict[str, np.ndarray]:
     return {"x": x, "y": rng.normal(size=ROWS).astype(np.float32), "weights": weights}
 
 
-def steps(config: StepConfig, n: int, batch: Any, state: TrainState | None = None) -> Any:
+def steps(
+    config: StepConfig, n: int, batch: Any, state: TrainState | None = None, rate: float = 0.1
+) -> Any:
     """The states before and after each of n steps, and their metrics."""
     # Unoptimised code: it runs a few times.
     options = {"xla_backend_optimization_level": 0}
@@ -66,7 +67,7 @@ def steps(config: StepConfig, n: int, batch: Any, state: TrainState | None = Non
     step = jax.jit(functools.partial(train_step, config), compiler_options=options)
     for _ in range(n):
         before = state
-        state, metrics = step(before, batch, RATE)
+        state, metrics = step(before, batch, np.float32(rate))
         yield before, state, metrics
 
 
@@ -121,7 +122,7 @@ def test_every_microbatch_has_noise_of_its_own() -> None:
 MIXED = LMConfig(
     64, 16, 3, (LayerConfig(tiny.ATTENTION, tiny.MOE), LayerConfig(tiny.ATTENTION, tiny.MLP))
 )
-BALANCE = LMLossConfig(load_balance=0.5, router_z=0.25, bias_rate=0.125)
+BALANCE = LMLossConfig(load_balance=0.5, router_z=0.25, bias_rate=0.015625)
 BIASES = ("blocks.0.channel.bias", "tail.0.channel.bias")
 
 
@@ -131,7 +132,7 @@ def skewed_state(config: StepConfig) -> TrainState:
     init = jax.jit(functools.partial(init_state, config), compiler_options=options)
     state = init(np.uint32(0))
     for bias, expert in zip((named_leaves(state.model)[b] for b in BIASES), (0, 3), strict=True):
-        bias.set_value(bias.get_value().at[..., expert].set(2.0))
+        bias.set_value(bias.get_value().at[..., expert].set(0.5))
     return state
 
 
@@ -142,7 +143,7 @@ def test_router_biases_even_out_the_load_and_balance_terms_are_in_the_loss() -> 
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
     config = StepConfig(LMTask(MIXED, BALANCE), OptimizerConfig(weight_decay=0.3))
     loads = []
-    for before, after, metrics in steps(config, 40, batch, skewed_state(config)):
+    for before, after, metrics in steps(config, 40, batch, skewed_state(config), 1e-3):
         balance, z = metrics["moe_load_balance"], metrics["moe_z"]
         assert balance.shape == z.shape == metrics["moe_dropped"].shape == (2,)
         want = metrics["nll"] + 0.5 * balance.mean() + 0.25 * z.mean()
@@ -154,11 +155,11 @@ def test_router_biases_even_out_the_load_and_balance_terms_are_in_the_loss() -> 
             old, new = (
                 np.asarray(named_leaves(s.model)[name].get_value()) for s in (before, after)
             )
-            change = 0.125 * np.sign(load[layer].mean() - load[layer])
+            change = 0.015625 * np.sign(load[layer].mean() - load[layer])
             np.testing.assert_array_equal(new, old + change.astype(np.float32))
         loads.append(load)
     # Two of four experts a token: an expert that is always chosen has half of all assignments.
     assert loads[0][0, 0] == loads[0][1, 3] == 0.5
-    assert max(np.max(loads[-8:], axis=0)[layer, e] for layer, e in ((0, 0), (1, 3))) < 0.45
-    assert np.mean(loads[-8:], axis=0).max() < 0.35
-    assert np.mean(loads[-8:], axis=0).min() > 0.15
+    settled = np.mean(loads[-8:], axis=0)
+    assert settled.max() < 0.3
+    assert settled.min() > 0.2
