@@ -70,7 +70,7 @@ def row(m: Measured, bytes_per_token: float, bigram: float) -> dict[str, Any]:
         "bits_per_byte_interval": bits_per_byte(interval(m.losses), bytes_per_token),
         "below_bigram_nats_per_byte": bigram - loss / bytes_per_token,
         "best_learning_rate": m.best_learning_rate,
-        "best_at_edge_of_grid": len(rates) > 1 and m.best_learning_rate in (rates[0], rates[-1]),
+        "best_at_edge_of_grid": len(rates) > 2 and m.best_learning_rate in (rates[0], rates[-1]),
         "grid": {f"{rate:g}": value for rate, value in m.grid.items()},
         "seeds": len(m.results),
         "parameters": sizes.total,
@@ -87,20 +87,20 @@ def row(m: Measured, bytes_per_token: float, bigram: float) -> dict[str, Any]:
 
 
 _QUALITY = (
-    ("architecture", lambda r: r["architecture"]),
-    ("loss, nats/token", lambda r: f"{r['loss']:.3f} ± {r['loss_interval']:.3f}"),
+    ("model", lambda r: r["architecture"]),
+    ("nats/token", lambda r: f"{r['loss']:.3f} ± {r['loss_interval']:.3f}"),
     ("bits/byte", lambda r: f"{r['bits_per_byte']:.3f} ± {r['bits_per_byte_interval']:.3f}"),
     ("best lr", lambda r: f"{r['best_learning_rate']:g}" + "*" * r["best_at_edge_of_grid"]),
-    ("parameters", lambda r: f"{r['parameters']:,}"),
+    ("params", lambda r: f"{r['parameters']:,}"),
     ("active", lambda r: f"{r['active_parameters']:,}"),
 )
 _COST = (
-    ("architecture", lambda r: r["architecture"]),
-    ("MFLOP/token", lambda r: f"{r['training_flops_per_token'] / 1e6:.2f}"),
+    ("model", lambda r: r["architecture"]),
+    ("MFLOP/tok", lambda r: f"{r['training_flops_per_token'] / 1e6:.2f}"),
     ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}"),
     ("compile s", lambda r: f"{r['compile_seconds']:.1f}"),
     ("peak MB", lambda r: f"{r['memory_bytes'] / 1e6:.0f}"),
-    ("state B/token 1k", lambda r: f"{r['state_bytes_per_token_1k']:,.0f}"),
+    ("state B/tok 1k", lambda r: f"{r['state_bytes_per_token_1k']:,.0f}"),
     ("at 32k", lambda r: f"{r['state_bytes_per_token_32k']:,.0f}"),
 )
 
@@ -135,16 +135,17 @@ def write_report(
         f"Held-out loss, mean over {rows[0]['seeds']} seeds with the 95 % Student-t interval of "
         "the mean, at the learning rate that was best on the first seed.",
         f"A byte bigram has {bigram:.3f} nats/byte on the same text.",
-        "MFLOP/token is a training step's (3 x forward); peak MB is the compiler's figure for one "
+        "MFLOP/tok is a training step's (3 x forward); peak MB is the compiler's figure for one "
         "step; state is what decoding keeps a row, over the tokens seen.",
     ]
     if any(r["best_at_edge_of_grid"] for r in rows):
         notes.append("* the best learning rate is at the edge of its grid: widen --learning-rates.")
     text = f"# {title}\n\n`{command}`\n"
+    console.print(f"\n{title}", style="bold")
     for name, columns in (("Quality", _QUALITY), ("Cost", _COST)):
-        table = Table(title=f"{name}: {title}")
+        table = Table(title=name)
         for heading, _ in columns:
-            table.add_column(heading, justify="left" if heading == "architecture" else "right")
+            table.add_column(heading, justify="left" if heading == "model" else "right")
         cells = [[str(cell(r)) for _, cell in columns] for r in rows]
         for line in cells:
             table.add_row(*line)

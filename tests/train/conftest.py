@@ -1,13 +1,13 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 
 from slm_jax.data import DataConfig
-from slm_jax.train import experiment as module
-from slm_jax.train.experiment import Experiment, Result, run
+from slm_jax.train import experiment
+from slm_jax.train.experiment import Experiment, Result
+from slm_jax.train.loop import Finished, train
 from slm_jax.train.step import TrainState
 from tests.train import tiny
 
@@ -39,8 +39,13 @@ def make_experiment(text: DataConfig, tmp_path: Path) -> MakeExperiment:
 def finished(text: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The standard experiment, run once on fsdp=8; copy its folder before changing it."""
     config = tiny.experiment("dense", text, tmp_path_factory.mktemp("finished") / "run")
-    with mock.patch.object(module, "train", side_effect=module.train) as train:
-        ends = []
-        train.side_effect = lambda *a, f=train.side_effect, **k: ends.append(f(*a, **k)) or ends[0]
-        result = run(config)
+    ends: list[Finished] = []
+
+    def keep_state(*args: Any, **arguments: Any) -> Finished:
+        ends.append(train(*args, **arguments))
+        return ends[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "train", keep_state)
+        result = experiment.run(config)
     return FinishedRun(config, result, ends[0].state)

@@ -147,7 +147,7 @@ def test_no_checkpoint_holds_a_diverged_step(tmp_path: Path, nan: int) -> None:
 def test_what_diverged_in_its_last_step_is_no_result(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "run")
     recorder.valid_loss = float("inf")
-    with pytest.raises(DivergedError, match="valid_loss=inf at step 2 .* checkpoint 2"):
+    with pytest.raises(DivergedError, match=r"valid_loss=inf at step 2 .* checkpoint 2"):
         recorder.train(3, checkpoint_every=2)
     with Checkpoints(recorder.folder / CHECKPOINTS_FOLDER, read_only=True) as checkpoints:
         assert checkpoints.latest() == 2

@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -66,24 +67,21 @@ def test_tensorboard_has_the_same_numbers(finished: FinishedRun) -> None:
 def test_held_out_loss_is_the_mean_over_tokens(finished: FinishedRun, average: bool) -> None:
     """From logits and the log-softmax of numpy, row by row."""
     config, state = finished.config, finished.state
-    model: LM = state.ema if average else state.model
+    model: LM = jax.tree.map(np.asarray, state.ema if average else state.model)  # on one device
     total = weight = 0.0
     for batch in valid_batches(
         open_data(config.data), batch_size=8, seq_len=16, max_tokens=config.eval_tokens
     ):
-        given = {k: batch[k] for k in ("positions", "segments")}
-        logits = np.asarray(host(model)(batch["tokens"], **given)[0], np.float64)
+        tokens, positions, segments = map(
+            jnp.asarray, (batch[k] for k in ("tokens", "positions", "segments"))
+        )
+        logits = np.asarray(model(tokens, positions=positions, segments=segments)[0], np.float64)
         log_sum = np.log(np.exp(logits).sum(axis=-1))
         picked = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         total += ((log_sum - picked) * batch["weights"]).sum()
         weight += batch["weights"].sum()
     result = finished.result.valid_loss_ema if average else finished.result.valid_loss
     assert result == pytest.approx(total / weight, rel=1e-5)
-
-
-def host(model: LM) -> LM:
-    """The model on one device."""
-    return jax.tree.map(np.asarray, model)
 
 
 def test_bits_per_byte_does_not_depend_on_the_tokenizer() -> None:

@@ -255,7 +255,7 @@ def test_muon_is_the_same_on_a_mesh() -> None:
     places = {x.sharding for x in jax.tree.leaves(got)}
     assert places == {NamedSharding(mesh, P(None, "fsdp", "tensor", None))}
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
-    np.testing.assert_allclose(*map(jax.tree.leaves, (got, want)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(values(got)["q"], values(want)["q"], rtol=1e-4, atol=1e-5)
 
 
 PEAK = ScheduleConfig(learning_rate=2.0, warmup_steps=10, final_fraction=0.1)

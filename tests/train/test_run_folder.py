@@ -18,6 +18,7 @@ from slm_jax.train.experiment import Experiment, load_model, run
 from slm_jax.train.loop import CHECKPOINTS_FOLDER, DivergedError, LoopConfig
 from slm_jax.train.metrics import read_metrics
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
+from slm_jax.train.serialize import to_json
 from slm_jax.train.tasks.lm import LMLossConfig
 from tests.train import tiny
 from tests.train.conftest import FinishedRun, MakeExperiment
@@ -75,7 +76,7 @@ def test_other_text_in_the_same_files_is_another_run(copy: Experiment, tmp_path:
     text = tmp_path / "text"
     same = tiny.write_text(text)
     config = json.loads((copy.out / "config.json").read_text())
-    config["data"] = json.loads(json.dumps(module.to_json(same)))
+    config["data"] = json.loads(json.dumps(to_json(same)))
     (copy.out / "config.json").write_text(json.dumps(config))
     copy = dataclasses.replace(copy, data=same)
     run(copy)

@@ -107,13 +107,12 @@ def test_update_average_and_buffer() -> None:
 
 def test_every_microbatch_has_noise_of_its_own() -> None:
     """And none of it is what the initial weights were made of: splits of the seed's key."""
-    task = Regression()
-    seen = [k for n in (4, 7) for k in jax.random.key_data(jax.random.split(jax.random.key(3), n))]
-    for _, after, _ in steps(StepConfig(task, OptimizerConfig(), 2), 3, regression_batch()):
-        seen += list(after.carry)
-    state = init_state(StepConfig(task, OptimizerConfig()), jnp.uint32(4))
-    for _, after, _ in steps(StepConfig(task, OptimizerConfig()), 2, regression_batch(), state):
-        seen.append(after.carry[1])
+    seed = jax.random.key(3)
+    seen = [k for n in (4, 7) for k in jax.random.key_data(jax.random.split(seed, n))]
+    for accumulate, n in ((1, 4), (2, 3)):
+        config = StepConfig(Regression(), OptimizerConfig(), accumulate)
+        for _, after, _ in steps(config, n, regression_batch()):
+            seen += list(after.carry[-accumulate:])
     # split(key, 7) begins with split(key, 4); all others differ.
     assert len({tuple(np.asarray(k).tolist()) for k in seen}) == len(seen) - 4
 
