@@ -17,7 +17,8 @@ from slm_jax.errors import UserError
 from slm_jax.infer import Sampling, generate, stream
 from slm_jax.models.hf import load_hf
 from slm_jax.models.lm import LM
-from slm_jax.train.experiment import CONFIG_FILE, load_experiment, load_model
+from slm_jax.train.experiment import load_model, load_run_tokenizer
+from slm_jax.train.folder import CONFIG_FILE
 
 # What an unfinished character decodes to: at most three bytes, one replacement each at worst.
 _UNFINISHED, _MOST_UNFINISHED = "\ufffd", 3
@@ -113,7 +114,7 @@ def _load(config: Generate) -> tuple[LM, Tokenizer, np.ndarray]:
     """Model, tokenizer, and the ids (int32) that the model expects before every text."""
     folder = config.model
     if not _is_hf(folder):
-        tokenizer = load_tokenizer(load_experiment(folder).data.tokenizer)
+        tokenizer = load_run_tokenizer(folder)
         return load_model(folder, ema=config.ema)[0], tokenizer, np.zeros(0, np.int32)
     if config.ema:
         raise UserError(f"ema=True: {folder} is a Hugging Face model and holds one set of weights")

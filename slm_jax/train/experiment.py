@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slm_jax.data import Corpus, DataConfig, open_data, train_batches, valid_batches
+from slm_jax.data import (
+    Corpus,
+    DataConfig,
+    Tokenizer,
+    load_tokenizer,
+    open_data,
+    train_batches,
+    valid_batches,
+)
 from slm_jax.errors import UserError
 from slm_jax.models.flops import peak_flops, training_flops
 from slm_jax.models.lm import LM, LMConfig
@@ -24,8 +32,6 @@ from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
 from slm_jax.train.serialize import from_json, to_json
 from slm_jax.train.step import Program, StepConfig, TrainState, compile_step
 from slm_jax.train.tasks.lm import LMLossConfig, LMTask
-
-CONFIG_FILE = folder.CONFIG_FILE
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
 _FREE = ("out", "overwrite", "mesh", "loop")
@@ -122,7 +128,10 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
             f"model.vocab_size={config.model.vocab_size} is smaller than the "
             f"{corpus.tokenizer.vocab_size} tokens of {corpus.tokenizer.name}: raise it"
         )
-    given = to_json(config) | {"data_fingerprint": corpus.fingerprint}
+    given = to_json(config) | {
+        "data_fingerprint": corpus.fingerprint,
+        "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
+    }
     finished = folder.check_folder(config.out, given, free=_FREE, overwrite=config.overwrite)
     if finished is not None:
         return Result(**finished)
@@ -237,9 +246,25 @@ def load_experiment(out: Path) -> Experiment:
         UserError: if the folder holds no run.
     """
     data = folder.read_config(out)
-    data.pop("data_fingerprint", None)
+    data = {k: v for k, v in data.items() if not k.endswith("_fingerprint")}
     # To run it again is to resume it, from where it is now.
     return from_json(Experiment, data | {"out": str(out), "overwrite": False})
+
+
+def load_run_tokenizer(out: Path) -> Tokenizer:
+    """The tokenizer that the run in `out` was trained with.
+
+    Raises:
+        UserError: if there is no run, or its tokenizer has changed since.
+    """
+    spec = load_experiment(out).data.tokenizer
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.fingerprint != folder.read_config(out)["tokenizer_fingerprint"]:
+        raise UserError(
+            f"data.tokenizer={spec} is not what the run in {out} was trained with: put the file of "
+            "that time back"
+        )
+    return tokenizer
 
 
 def load_model(out: Path, *, ema: bool = False) -> tuple[LM, Experiment]:

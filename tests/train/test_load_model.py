@@ -15,7 +15,13 @@ from slm_jax.models.lm import LM
 from slm_jax.nn.module import named_leaves
 from slm_jax.parallel import MeshConfig, make_mesh, shard_batch
 from slm_jax.train.checkpoint import Checkpoints
-from slm_jax.train.experiment import compile_program, load_experiment, load_model, run
+from slm_jax.train.experiment import (
+    compile_program,
+    load_experiment,
+    load_model,
+    load_run_tokenizer,
+    run,
+)
 from slm_jax.train.loop import CHECKPOINTS_FOLDER
 from slm_jax.train.metrics import read_metrics
 from tests.train.conftest import FinishedRun, MakeExperiment
@@ -106,3 +112,17 @@ def test_loading_what_is_not_there(make_experiment: MakeExperiment, finished: Fi
     (out / "config.json").write_text(text.replace('"ema_decay": 0.9', '"ema_decay": null'))
     with pytest.raises(UserError, match="keeps no average"):
         load_model(out, ema=True)
+
+
+def test_a_tokenizer_that_changed_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    text = (finished.config.out / "config.json").read_text()
+    (out / "config.json").write_text(text)
+    tokenizer = load_run_tokenizer(out)
+    assert tokenizer.name == finished.config.data.tokenizer
+    other = text.replace(tokenizer.fingerprint, 64 * "0")
+    assert other != text
+    (out / "config.json").write_text(other)
+    with pytest.raises(UserError, match=r"is not what the run in .* was trained with"):
+        load_run_tokenizer(out)
