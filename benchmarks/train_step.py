@@ -3,7 +3,7 @@
 A Llama with equal weights, batch, AdamW and clipping is trained by this project's compiled step and
 by `transformers` (eager, and under torch.compile), each in its own process. They take turns,
 `steps` steps at a time, so that whatever else the machine does hits all of them; only one works at
-any time. Expected on CPU in float32: faster than both.
+any time. The aim on CPU in float32: faster than both.
 
 The numbers count only if the losses agree: the first within 1e-3, and falling on the fixed batch.
 """
@@ -33,10 +33,10 @@ from slm_jax.models.hf import save_hf
 from slm_jax.models.presets import dense, summary
 from slm_jax.parallel import make_mesh, shard_batch
 from slm_jax.train.experiment import Experiment, compile_program
-from slm_jax.train.optimizer import OptimizerConfig
 from slm_jax.train.tasks.lm import LMLossConfig
 
 LEARNING_RATE = 3e-4
+CORES = len(os.sched_getaffinity(0))  # both sides get as many threads
 WARM_UP = 3
 """Steps before the first round: compilation, allocator, and losses to compare."""
 
@@ -81,9 +81,8 @@ class Benchmark:
     """Where the numbers go."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(self.rounds, self.steps) < 1:
+            raise UserError(f"rounds={self.rounds} and steps={self.steps} must be at least 1")
 
 
 class Ours:
@@ -95,16 +94,15 @@ class Ours:
             vocab_size=vocab, tie_embeddings=config.tie_embeddings, max_seq_len=config.seq_len,
             scan_unroll=config.scan_unroll or config.n_layers,
         )  # fmt: skip
-        self.experiment = Experiment(
+        experiment = Experiment(
             model,
-            optimizer=OptimizerConfig(),
             objective=LMLossConfig(chunk=config.loss_chunk),
             batch_size=config.batch_size,
             seq_len=config.seq_len,
         )
         self.parameters = summary(model).total
         self._mesh = make_mesh(devices=jax.devices()[:1])
-        self._program = compile_program(self.experiment, self._mesh)
+        self._program = compile_program(experiment, self._mesh)
         self.facts = {
             "compile_seconds": self._program.compile_seconds,
             "memory_bytes": self._program.memory_bytes,
@@ -139,16 +137,14 @@ class Peer:
             "model": str(folder / "model"),
             "batch": str(folder / "batch.npz"),
             "compile": mode == "compile",
-            "threads": n_cores(),
+            "threads": CORES,
             "lr": LEARNING_RATE,
         }
         script = Path(__file__).with_name("torch_peer.py")
+        words = [config.peer_python.absolute(), script, json.dumps(setup)]
+        pipe = subprocess.PIPE
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [config.peer_python.absolute(), script, json.dumps(setup)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
+            self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, text=True)
         self.facts = self._answer()
         self.parameters = self.facts.pop("parameters")
 
@@ -174,11 +170,6 @@ class Peer:
         return json.loads(line)
 
 
-def n_cores() -> int:
-    """Cores this process may use: both sides get as many threads."""
-    return len(os.sched_getaffinity(0))
-
-
 def main(config: Benchmark) -> None:
     """Measures every vocabulary, prints the table and writes the file."""
     if config.quick:
@@ -188,7 +179,7 @@ def main(config: Benchmark) -> None:
             f"peer_python={config.peer_python} does not exist: `make golden-env` makes it, or give "
             "a Python that has torch and transformers"
         )
-    machine = {"cpu": cpu_name(), "cores": n_cores(), "platform": platform.platform()}
+    machine = {"cpu": cpu_name(), "cores": CORES, "platform": platform.platform()}
     print(
         f"training in float32: {config.n_layers} layers of {config.d_model}, {config.n_heads} "
         f"heads ({config.n_kv_heads} of keys), {config.batch_size} x {config.seq_len} tokens; "
@@ -198,11 +189,9 @@ def main(config: Benchmark) -> None:
     table = Table()
     for heading in ("vocabulary", "parameters", "side", "median", "best", "ours / it"):
         table.add_column(heading, justify="left" if heading == "side" else "right")
-    cases = []
-    for vocab in config.vocab:
-        case = measure(config, vocab)
-        cases.append(case)
-        head = (f"{vocab:,}", count(case["parameters"]))
+    cases = [measure(config, vocab) for vocab in config.vocab]
+    for case in cases:
+        head = (f"{case['vocab']:,}", count(case["parameters"]))
         for name, side in case["sides"].items():
             speeds = (f"{side[key]:,.0f}" for key in ("median", "best"))
             table.add_row(*head, name, *speeds, f"{side['ratio']:.2f}")
@@ -220,8 +209,8 @@ def measure(config: Benchmark, vocab: int) -> dict[str, Any]:
     """All sides on one model.
 
     Returns:
-        Parameters, and of each side its tokens/s by turn, their median and best, our speed over
-        its (median over the turns), the losses, versions and compile times.
+        Parameters, and of each side its tokens/s by turn, our speed over its (median over the
+        turns), losses and versions.
 
     Raises:
         RuntimeError: if the sides do not train the same model alike.
@@ -248,8 +237,6 @@ def measure(config: Benchmark, vocab: int) -> dict[str, Any]:
                 seconds[name].append(took)
                 losses[name] += more
         check_equal(sides, losses)
-        facts = {name: side.facts for name, side in sides.items()}
-        parameters = sides["slm_jax"].parameters
     tokens = config.steps * config.batch_size * config.seq_len
     report = {}
     for name in names:
@@ -261,9 +248,9 @@ def measure(config: Benchmark, vocab: int) -> dict[str, Any]:
             "ratio": statistics.median(ratios),
             "tokens_per_second": speeds,
             "losses": losses[name],
-            **facts[name],
+            **sides[name].facts,
         }
-    return {"vocab": vocab, "parameters": parameters, "sides": report}
+    return {"vocab": vocab, "parameters": sides["slm_jax"].parameters, "sides": report}
 
 
 @contextlib.contextmanager
