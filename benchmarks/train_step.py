@@ -133,15 +133,10 @@ class Peer:
     def __init__(self, config: Benchmark, mode: str, folder: Path) -> None:
         self.mode = mode
         self._log = folder / f"{mode}.log"
-        setup = {
-            "model": str(folder / "model"),
-            "batch": str(folder / "batch.npz"),
-            "compile": mode == "compile",
-            "threads": CORES,
-            "lr": LEARNING_RATE,
-        }
+        files = {"model": str(folder / "model"), "batch": str(folder / "batch.npz")}
+        setup = files | {"compile": mode == "compile", "threads": CORES, "lr": LEARNING_RATE}
         script = Path(__file__).with_name("torch_peer.py")
-        words = [config.peer_python.absolute(), script, json.dumps(setup)]
+        words = [str(config.peer_python.absolute()), str(script), json.dumps(setup)]
         pipe = subprocess.PIPE
         with self._log.open("w") as log:
             self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, text=True)
@@ -199,9 +194,8 @@ def main(config: Benchmark) -> None:
         table.add_section()
     console().print(table)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = asdict(config) | {"out": str(config.out), "peer_python": str(config.peer_python)}
-    record = {"machine": machine, "config": settings, "cases": cases}
-    config.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"machine": machine, "config": asdict(config), "cases": cases}
+    config.out.write_text(json.dumps(record, indent=1, default=str) + "\n")  # str: of paths
     console().print(f"written to {config.out}", highlight=False)
 
 

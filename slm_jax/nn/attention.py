@@ -178,7 +178,9 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if c.rope is not None:
-            cos, sin = rope_tables(c.rope, c.head_dim, positions)
+            # The barrier keeps XLA from computing sines again, a head at a time, in every fusion.
+            tables = rope_tables(c.rope, c.head_dim, positions)
+            cos, sin = jax.lax.optimization_barrier(tables)
             q, k = (apply_rope(a, cos, sin, c.rope.layout) for a in (q, k))
         if state is None:
             y = attention(

@@ -1,6 +1,7 @@
 """`Linear`, the one weight class, and `Embedding`."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,30 +85,62 @@ class Linear(nnx.Module):
         """
         n_batch, n_in = len(self.batch_axes), len(self.in_axes)
         w = gather(self.w[...], self.weight_axes).astype(x.dtype)
-        n_free = x.ndim - n_batch - n_in
-        batch = list(range(n_batch))
-        inner = [n_batch + i for i in range(n_in)]
-        outer = [n_batch + n_in + i for i in range(len(self.out_axes))]
-        free = [100 + i for i in range(n_free)]
-        out_sharding = None
-        if has_mesh():
-            lead = lead_spec(x, n_batch + n_free)
-            out_sharding = P(*lead, *spec(self.out_axes, gathered=True))
-        y = jnp.einsum(
-            x,
-            batch + free + inner,
-            w,
-            batch + inner + outer,
-            batch + free + outer,
-            preferred_element_type=out_dtype,
-            out_sharding=out_sharding,
-        )
+        lead = lead_spec(x, x.ndim - n_in)
+        if n_batch or any(lead[1:]):
+            y = self._contract(x, w, lead, out_dtype)
+        else:
+            y = self._contract_flat(x, w, lead, out_dtype)
         if self.b is not None:
+            n_free = x.ndim - n_batch - n_in
             bias = self.b[...].reshape(
                 *self.b.shape[:n_batch], *(1,) * n_free, *self.b.shape[n_batch:]
             )
             y = y + bias.astype(y.dtype)
         return y
+
+    def _contract(
+        self, x: jax.Array, w: jax.Array, lead: tuple[Any, ...], dtype: jax.typing.DTypeLike | None
+    ) -> jax.Array:
+        """One einsum over all axes as they are, batch axes included."""
+        n_batch, n_in = len(self.batch_axes), len(self.in_axes)
+        batch = list(range(n_batch))
+        inner = [n_batch + i for i in range(n_in)]
+        outer = [n_batch + n_in + i for i in range(len(self.out_axes))]
+        free = [100 + i for i in range(x.ndim - n_batch - n_in)]
+        out = P(*lead, *spec(self.out_axes, gathered=True)) if has_mesh() else None
+        return jnp.einsum(
+            x,
+            batch + free + inner,
+            w,
+            batch + inner + outer,
+            batch + free + outer,
+            preferred_element_type=dtype,
+            out_sharding=out,
+        )
+
+    def _contract_flat(
+        self, x: jax.Array, w: jax.Array, lead: tuple[Any, ...], dtype: jax.typing.DTypeLike | None
+    ) -> jax.Array:
+        """The same as a product of two matrices, where no axis but the first of `x` is split.
+
+        XLA:CPU transposes the operands of a product over several axes, and fuses the transposes
+        into the elementwise code around it: a train step takes 1.4 times as long.
+        """
+        n_in = len(self.in_axes)
+        rows, outs = x.shape[: x.ndim - n_in], w.shape[n_in:]
+        k = math.prod(w.shape[:n_in])
+        if not has_mesh():
+            y = jnp.matmul(x.reshape(-1, k), w.reshape(k, -1), preferred_element_type=dtype)
+            return y.reshape(*rows, *outs)
+        ins, out = spec(self.in_axes, gathered=True), spec(self.out_axes, gathered=True)
+        y = jnp.einsum(
+            "ik,kj->ij",
+            jnp.reshape(x, (math.prod(rows), k), out_sharding=P(lead[0], ins[0])),
+            jnp.reshape(w, (k, math.prod(outs)), out_sharding=P(ins[0], out[0])),
+            preferred_element_type=dtype,
+            out_sharding=P(lead[0], out[0]),
+        )
+        return jnp.reshape(y, (*rows, *outs), out_sharding=P(*lead, *out))
 
     def grouped(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """Rows sorted by expert times each expert's own matrix (no capacity, nothing dropped).
@@ -143,9 +176,22 @@ class Embedding(nnx.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits of a tied head: `[B, S, embed]` to `[B, S, vocab]` in float32."""
         w = gather(self.w[...], ("vocab", "embed")).astype(x.dtype)
-        out_sharding = None
-        if has_mesh():
-            out_sharding = P(*lead_spec(x, x.ndim - 1), *spec(("vocab",), gathered=True))
-        return jnp.einsum(
-            "...d,vd->...v", x, w, preferred_element_type=jnp.float32, out_sharding=out_sharding
+        if not has_mesh():
+            return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+        lead, (vocab,) = lead_spec(x, x.ndim - 1), spec(("vocab",), gathered=True)
+        if any(lead[1:]):
+            return jnp.einsum(
+                "...d,vd->...v",
+                x,
+                w,
+                preferred_element_type=jnp.float32,
+                out_sharding=P(*lead, vocab),
+            )
+        y = jnp.einsum(
+            "td,vd->tv",
+            jnp.reshape(x, (-1, x.shape[-1]), out_sharding=P(lead[0], None)),
+            w,
+            preferred_element_type=jnp.float32,
+            out_sharding=P(lead[0], vocab),
         )
+        return jnp.reshape(y, (*x.shape[:-1], w.shape[0]), out_sharding=P(*lead, vocab))

@@ -26,19 +26,32 @@ def attention_xla(
     """Attention in O(S T) memory; arguments and result as in `slm_kernels.attention.attention`."""
     batch, length, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[2]
+    group = n_heads // n_kv_heads
     mask = visible(
         q_positions, kv_positions, q_segments, kv_segments, causal=causal, window=window
     )[:, None, None]
-    grouped = q.reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    scores = jnp.einsum("bskgd,btkd->bkgst", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores * scale
+
+    # Heads first and the group folded into the queries: two plain batched products, which XLA:CPU
+    # does not transpose inside its fusions.
+    q = q.reshape(batch, length, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, n_kv_heads, group * length, head_dim)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bksd,bktd->bkst", q, k, preferred_element_type=jnp.float32) * scale
+    scores = scores.reshape(batch, n_kv_heads, group, length, -1)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask, scores, _HIDDEN)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     p = jnp.exp(scores - top)
-    total = jnp.sum(p, axis=-1, keepdims=True)
     # A row that sees nothing has top = _HIDDEN and p = 1 everywhere: return zeros instead.
-    p = p / total * (top > _HIDDEN / 2)
-    out = jnp.einsum("bkgst,btkd->bskgd", p.astype(v.dtype), v)
-    return out.reshape(batch, length, n_heads, head_dim).astype(q.dtype)
+    # Divided after the second product: the normalised weights are never written to memory.
+    share = (top > _HIDDEN / 2) / jnp.sum(p, axis=-1, keepdims=True)
+    out = jnp.einsum(
+        "bkst,bktd->bksd",
+        p.reshape(batch, n_kv_heads, group * length, -1).astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    out = out.reshape(batch, n_kv_heads, group, length, head_dim) * share
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, n_heads, head_dim)
+    return out.astype(q.dtype)
