@@ -57,7 +57,7 @@ def next_token_loss(
         return total(x, batch["targets"], weights), jnp.sum(weights), aux
     length = x.shape[1]
     if chunk < 1 or length % chunk:
-        raise UserError(f"loss_chunk={chunk} does not divide seq_len={length}: choose a divisor")
+        raise UserError(f"chunk={chunk} does not divide seq_len={length}: choose a divisor")
 
     def split(a: jax.Array) -> jax.Array:
         return jnp.moveaxis(a.reshape(a.shape[0], length // chunk, chunk, *a.shape[2:]), 1, 0)

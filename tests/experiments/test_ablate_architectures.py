@@ -28,8 +28,10 @@ def test_all_architectures_get_the_size_of_the_dense_reference(match: str, width
     sizes = {name: summary(model, config.seq_len) for name, model in built.items()}
     field = "total" if match == "parameters" else "training_flops"
     target = getattr(sizes["dense"], field)
+    # The inner width of an expert is a whole number, and small in a small model.
+    bound = 0.01 if width > 64 else 0.02
     for name, size in sizes.items():
-        assert getattr(size, field) == pytest.approx(target, rel=0.01), name
+        assert getattr(size, field) == pytest.approx(target, rel=bound), name
     assert built["dense"].d_model == width
     assert sizes["moe"].active < sizes["moe"].total
 

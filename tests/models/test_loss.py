@@ -51,5 +51,5 @@ def test_loss_is_the_weighted_sum_and_chunks_do_not_change_it() -> None:
 
 @pytest.mark.parametrize("chunk", [0, 5, 24])
 def test_chunk_that_does_not_divide_is_an_error(chunk: int) -> None:
-    with pytest.raises(UserError, match=f"loss_chunk={chunk} does not divide seq_len=12"):
+    with pytest.raises(UserError, match=f"chunk={chunk} does not divide seq_len=12"):
         next_token_loss(tiny_lm("dense"), batch(), chunk=chunk)
