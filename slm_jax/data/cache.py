@@ -20,7 +20,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -127,13 +127,14 @@ def _lock(folder: Path, cache_dir: str | None) -> Iterator[None]:
 
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, valid_fraction: float) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    writers = {split: _Writer(folder, split, dtype) for split in get_args(Split)}
-    for batch in _batches(split_documents(source, valid_fraction)):
-        encoded = tokenizer.encode_batch([text for _, text in batch])
-        for (split, text), ids in zip(batch, encoded, strict=True):
-            writers[split].add(np.append(ids, tokenizer.eos_id).astype(dtype), text)
     meta: dict[str, Any] = {"tokenizer": tokenizer.name, "dtype": dtype.name}
-    meta |= {split: writer.close() for split, writer in writers.items()}
+    with contextlib.ExitStack() as files:  # closed also where a source raises
+        writers = {split: _Writer(folder, split, dtype, files) for split in get_args(Split)}
+        for batch in _batches(split_documents(source, valid_fraction)):
+            encoded = tokenizer.encode_batch([text for _, text in batch])
+            for (split, text), ids in zip(batch, encoded, strict=True):
+                writers[split].add(np.append(ids, tokenizer.eos_id).astype(dtype), text)
+        meta |= {split: writer.finish() for split, writer in writers.items()}
     meta["sha256"] = _meta_sha256(meta)
     with (folder / "meta.json").open("w") as file:
         json.dump(meta, file, indent=1)
@@ -157,9 +158,9 @@ def _batches(documents: Iterator[tuple[Split, str]]) -> Iterator[list[tuple[Spli
 class _Writer:
     """Writes the two files of a split and hashes them on the way."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype):
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, files: contextlib.ExitStack):
         self._starts_path = folder / f"{split}.starts"
-        self._file: BinaryIO = (folder / f"{split}.tokens").open("wb")
+        self._file = files.enter_context((folder / f"{split}.tokens").open("wb"))
         self._hash = hashlib.sha256()
         self._itemsize = dtype.itemsize
         self._starts = array.array("q")
@@ -175,10 +176,10 @@ class _Writer:
         self._n_tokens += len(ids)
         self._text_bytes += len(text.encode("utf-8"))
 
-    def close(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Puts both files on disk; returns what meta.json says of them."""
         starts = self._starts.tobytes()
-        with self._file, self._starts_path.open("wb") as starts_file:
+        with self._starts_path.open("wb") as starts_file:
             starts_file.write(starts)
             for file in (self._file, starts_file):
                 file.flush()

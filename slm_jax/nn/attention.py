@@ -191,6 +191,7 @@ class Attention(nnx.Module):
                 kv_positions=positions,
                 q_segments=segments,
                 kv_segments=segments,
+                in_order=True,
                 window=c.window,
                 softcap=c.softcap,
                 scale=c.scale,

@@ -11,7 +11,7 @@ from slm_kernels.attention import attention
 IMPLEMENTATIONS = ["reference", "xla"]
 run = jax.jit(
     attention,
-    static_argnames=("causal", "window", "softcap", "scale", "implementation"),
+    static_argnames=("causal", "in_order", "window", "softcap", "scale", "implementation"),
 )
 
 
@@ -120,6 +120,33 @@ def test_gradients_are_those_of_the_reference() -> None:
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("length", [128, 200])
+def test_skipping_what_is_hidden_changes_nothing(length: int, window: int | None) -> None:
+    q, k, v = qkv(length, length)
+    segments = np.where(np.arange(length) < 70, 1, 2)[None].repeat(2, 0)
+    positions = np.where(segments == 1, np.arange(length), np.arange(length) - 70)
+    cotangent = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+
+    def loss(qkv: tuple[jax.Array, ...], in_order: bool) -> tuple[jax.Array, jax.Array]:
+        out = run(
+            *qkv,
+            q_positions=positions,
+            kv_positions=positions,
+            q_segments=segments,
+            kv_segments=segments,
+            in_order=in_order,
+            window=window,
+        )
+        return jnp.sum(out * cotangent), out
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    (grads, skipped), (wanted, whole) = gradient((q, k, v), True), gradient((q, k, v), False)
+    np.testing.assert_allclose(skipped, whole, atol=1e-5)
+    for got, want in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
 def test_bfloat16_is_as_near_as_its_rounding() -> None:
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(12, 12))
     settings = dict(q_positions=ROW, kv_positions=ROW)
@@ -130,6 +157,10 @@ def test_bfloat16_is_as_near_as_its_rounding() -> None:
 
 
 def test_errors_name_what_does_not_fit() -> None:
+    q, k, v = qkv(4, 6)
+    index = np.arange(6)[None]
+    with pytest.raises(ValueError, match="in_order=True needs as many keys as queries"):
+        attention(q, k, v, q_positions=index[:, :4], kv_positions=index, in_order=True)
     q, k, v = qkv(12, 12)
     places = dict(q_positions=ROW, kv_positions=ROW)
     with pytest.raises(ValueError, match="n_heads=4 is not a multiple of n_kv_heads=3"):

@@ -19,6 +19,7 @@ def attention(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     causal: bool = True,
+    in_order: bool = False,
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
@@ -39,6 +40,8 @@ def attention(
         q_segments: `[B, S]` int32 document ids, or `None` for one document a row.
         kv_segments: `[B, T]`, given exactly if `q_segments` is.
         causal: hide later positions.
+        in_order: promises that query s and key s are the same token and that no query sees a key
+            of a higher index, as in training on packed rows; what is hidden is then skipped.
         window: width of the sliding window, or `None`.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2), or `None`.
         scale: multiplies the scores; default head_dim^-1/2.
@@ -55,6 +58,8 @@ def attention(
         raise ValueError(f"n_heads={n_heads} is not a multiple of n_kv_heads={n_kv_heads}")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q{q.shape}, k{k.shape}, v{v.shape}: batch and head_dim must agree")
+    if in_order and q.shape[1] != k.shape[1]:
+        raise ValueError(f"in_order=True needs as many keys as queries: q{q.shape}, k{k.shape}")
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("q_segments and kv_segments are given together or not at all")
     run = pick("attention", implementation, IMPLEMENTATIONS, default="xla")
@@ -67,6 +72,7 @@ def attention(
         q_segments=q_segments,
         kv_segments=kv_segments,
         causal=causal,
+        in_order=in_order,
         window=window,
         softcap=softcap,
         scale=q.shape[3] ** -0.5 if scale is None else scale,

@@ -16,6 +16,7 @@ def attention_reference(
     q_segments: jax.Array | None,
     kv_segments: jax.Array | None,
     causal: bool,
+    in_order: bool,
     window: int | None,
     softcap: float | None,
     scale: float,

@@ -1,4 +1,10 @@
-"""Attention as two batched products that XLA fuses; keys and values are read once a group."""
+"""Attention as two batched products that XLA fuses; keys and values are read once a group.
+
+Where queries and keys are known to stand in one order, queries go in blocks and each block meets
+only the keys it can see: half the work of a causal mask, a window's share of a long row.
+"""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +14,56 @@ from slm_kernels.attention.mask import visible
 # Finite, so that a row that sees nothing stays free of NaN in the backward pass.
 _HIDDEN = -1e30
 
+# Queries of a block, at least; and blocks, at most: each is code of its own.
+_BLOCK, _MOST_BLOCKS = 64, 8
+
 
 def attention_xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    q_segments: jax.Array | None,
+    kv_segments: jax.Array | None,
+    causal: bool,
+    in_order: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> jax.Array:
+    """Attention in O(S T) memory; arguments and result as in `slm_kernels.attention.attention`."""
+    length = q.shape[1]
+    n_blocks = min(_MOST_BLOCKS, length // _BLOCK) if causal and in_order else 1
+    if n_blocks < 2:
+        bounds = [(0, length, 0, k.shape[1])]
+    else:
+        edges = [length * i // n_blocks for i in range(n_blocks + 1)]
+        bounds = [
+            (lo, hi, 0 if window is None else max(0, lo - window + 1), hi)
+            for lo, hi in itertools.pairwise(edges)
+        ]
+    parts = [
+        _attend(
+            q[:, lo:hi],
+            k[:, first:last],
+            v[:, first:last],
+            q_positions=q_positions[:, lo:hi],
+            kv_positions=kv_positions[:, first:last],
+            q_segments=None if q_segments is None else q_segments[:, lo:hi],
+            kv_segments=None if kv_segments is None else kv_segments[:, first:last],
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+        )
+        for lo, hi, first, last in bounds
+    ]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -23,7 +77,7 @@ def attention_xla(
     softcap: float | None,
     scale: float,
 ) -> jax.Array:
-    """Attention in O(S T) memory; arguments and result as in `slm_kernels.attention.attention`."""
+    """One block of queries against all keys given."""
     batch, length, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[2]
     group = n_heads // n_kv_heads
