@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from slm_jax import __version__
-from slm_jax.cli.host import keep_freed_memory
 from slm_jax.cli.script import guarded, parse, run
 from slm_jax.errors import UserError
 
@@ -31,8 +30,6 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    if args is None:  # a process of its own
-        keep_freed_memory()
     words = list(sys.argv[1:] if args is None else args)
     return guarded(lambda: _dispatch(words))
 
