@@ -63,6 +63,11 @@ def use_rules(**changes: MeshAxes) -> Iterator[None]:
         _overrides.reset(token)
 
 
+def current_rules() -> tuple[tuple[str, MeshAxes], ...]:
+    """The table in force, hashable: part of what a compiled program depends on."""
+    return tuple(sorted(_overrides.get().items()))
+
+
 def spec(axes: tuple[str | None, ...], *, gathered: bool = False) -> P:
     """The `PartitionSpec` of an array with these logical axes under the current rules.
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from slm_jax.errors import UserError
 from slm_jax.nn.module import is_variable
-from slm_jax.parallel.rules import shardings, spec
+from slm_jax.parallel.rules import current_rules, shardings, spec
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.task import Task
 
@@ -156,10 +156,10 @@ class Program(NamedTuple):
     memory_bytes: int
 
 
-@functools.lru_cache(maxsize=4)
-def compile_step(
-    config: StepConfig, mesh: Mesh, batch: tuple[tuple[str, tuple[int, ...], Any], ...]
-) -> Program:
+BatchShapes = tuple[tuple[str, tuple[int, ...], Any], ...]
+
+
+def compile_step(config: StepConfig, mesh: Mesh, batch: BatchShapes) -> Program:
     """Compiles the step for a mesh and global batch shapes; equal arguments share one program.
 
     Args:
@@ -171,6 +171,14 @@ def compile_step(
         UserError: if the rows do not divide over the mesh and the microbatches, or an axis of
             the model does not divide over the mesh.
     """
+    return _compile(config, mesh, batch, current_rules())
+
+
+@functools.lru_cache(maxsize=4)
+def _compile(
+    config: StepConfig, mesh: Mesh, batch: BatchShapes, rules: tuple[tuple[str, Any], ...]
+) -> Program:
+    """As `compile_step`; `rules` only tells programs apart, tracing reads them where they are."""
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, spec(("batch",)))
         parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate

@@ -13,6 +13,8 @@ import pytest
 from slm_jax.models.lm import LMConfig
 from slm_jax.nn.block import LayerConfig
 from slm_jax.nn.module import Buffer, named_leaves, parameter
+from slm_jax.parallel import make_mesh, use_rules
+from slm_jax.train import step
 from slm_jax.train.optimizer import OptimizerConfig
 from slm_jax.train.step import StepConfig, TrainState, init_state, train_step
 from slm_jax.train.task import Loss
@@ -162,3 +164,14 @@ def test_router_biases_even_out_the_load_and_balance_terms_are_in_the_loss() -> 
     settled = np.mean(loads[-8:], axis=0)
     assert settled.max() < 0.3
     assert settled.min() > 0.2
+
+
+def test_another_rule_table_is_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(step, "_compile", lambda *key: asked.append(key))
+    config = StepConfig(LMTask(tiny.model("dense")), OptimizerConfig())
+    for changes in ({}, {}, {"embed": None}):
+        with use_rules(**changes):
+            step.compile_step(config, make_mesh(), ())
+    assert asked[0] == asked[1]
+    assert asked[0] != asked[2]
