@@ -50,7 +50,7 @@ def test_the_diff_applies(tmp_path: Path) -> None:
 def test_the_added_architecture_trains_decodes_and_is_counted(tmp_path: Path) -> None:
     apply_diff(tmp_path)
     args = "--architectures mingru --width 32 --layers 2 --steps 8 --warmup-steps 1 --seeds 1"
-    args += " --learning-rates 1e-2 --batch-size 4 --seq-len 32 --out runs/mingru"
+    args += " --learning-rates 1e-2 --batch-size 8 --seq-len 32 --out runs/mingru"
     script = str(tmp_path / "experiments" / "ablate_architectures.py")
     execute([script, *args.split()], tmp_path, tmp_path)
     run = next((tmp_path / "runs" / "mingru" / "mingru").iterdir())
