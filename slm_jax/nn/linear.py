@@ -86,7 +86,7 @@ class Linear(nnx.Module):
         n_batch, n_in = len(self.batch_axes), len(self.in_axes)
         w = gather(self.w[...], self.weight_axes).astype(x.dtype)
         lead = lead_spec(x, x.ndim - n_in)
-        if n_batch or any(lead[1:]):
+        if n_batch or not lead or any(lead[1:]):
             y = self._contract(x, w, lead, out_dtype)
         else:
             y = self._contract_flat(x, w, lead, out_dtype)
@@ -107,7 +107,6 @@ class Linear(nnx.Module):
         inner = [n_batch + i for i in range(n_in)]
         outer = [n_batch + n_in + i for i in range(len(self.out_axes))]
         free = [100 + i for i in range(x.ndim - n_batch - n_in)]
-        out = P(*lead, *spec(self.out_axes, gathered=True)) if has_mesh() else None
         return jnp.einsum(
             x,
             batch + free + inner,
@@ -115,7 +114,7 @@ class Linear(nnx.Module):
             batch + inner + outer,
             batch + free + outer,
             preferred_element_type=dtype,
-            out_sharding=out,
+            out_sharding=_split(*lead, *spec(self.out_axes, gathered=True)),
         )
 
     def _contract_flat(
@@ -129,18 +128,15 @@ class Linear(nnx.Module):
         n_in = len(self.in_axes)
         rows, outs = x.shape[: x.ndim - n_in], w.shape[n_in:]
         k = math.prod(w.shape[:n_in])
-        if not has_mesh():
-            y = jnp.matmul(x.reshape(-1, k), w.reshape(k, -1), preferred_element_type=dtype)
-            return y.reshape(*rows, *outs)
         ins, out = spec(self.in_axes, gathered=True), spec(self.out_axes, gathered=True)
         y = jnp.einsum(
             "ik,kj->ij",
-            jnp.reshape(x, (math.prod(rows), k), out_sharding=P(lead[0], ins[0])),
-            jnp.reshape(w, (k, math.prod(outs)), out_sharding=P(ins[0], out[0])),
+            jnp.reshape(x, (math.prod(rows), k), out_sharding=_split(lead[0], ins[0])),
+            jnp.reshape(w, (k, math.prod(outs)), out_sharding=_split(ins[0], out[0])),
             preferred_element_type=dtype,
-            out_sharding=P(lead[0], out[0]),
+            out_sharding=_split(lead[0], out[0]),
         )
-        return jnp.reshape(y, (*rows, *outs), out_sharding=P(*lead, *out))
+        return jnp.reshape(y, (*rows, *outs), out_sharding=_split(*lead, *out))
 
     def grouped(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """Rows sorted by expert times each expert's own matrix (no capacity, nothing dropped).
@@ -176,22 +172,20 @@ class Embedding(nnx.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits of a tied head: `[B, S, embed]` to `[B, S, vocab]` in float32."""
         w = gather(self.w[...], ("vocab", "embed")).astype(x.dtype)
-        if not has_mesh():
-            return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
         lead, (vocab,) = lead_spec(x, x.ndim - 1), spec(("vocab",), gathered=True)
-        if any(lead[1:]):
-            return jnp.einsum(
-                "...d,vd->...v",
-                x,
-                w,
-                preferred_element_type=jnp.float32,
-                out_sharding=P(*lead, vocab),
-            )
+        rows = x
+        if lead and not any(lead[1:]):  # as in `Linear._contract_flat`
+            rows = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=_split(lead[0], None))
         y = jnp.einsum(
-            "td,vd->tv",
-            jnp.reshape(x, (-1, x.shape[-1]), out_sharding=P(lead[0], None)),
+            "...d,vd->...v",
+            rows,
             w,
             preferred_element_type=jnp.float32,
-            out_sharding=P(lead[0], vocab),
+            out_sharding=_split(*lead[: rows.ndim - 1], vocab),
         )
-        return jnp.reshape(y, (*x.shape[:-1], w.shape[0]), out_sharding=P(*lead, vocab))
+        return jnp.reshape(y, (*x.shape[:-1], w.shape[0]), out_sharding=_split(*lead, vocab))
+
+
+def _split(*entries: Any) -> P | None:
+    """How a result is to be split: said on an Explicit mesh only."""
+    return P(*entries) if has_mesh() else None
