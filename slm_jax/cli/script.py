@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from slm_jax.cli.host import keep_freed_memory
 from slm_jax.errors import UserError
 
 DIVERGED = 44
@@ -38,6 +39,7 @@ def run[T](
     Returns:
         The exit code: 0, 2 on a `UserError` (printed as one line), 44 on a `DivergedError`.
     """
+    keep_freed_memory()
     return guarded(lambda: main(parse(cls, default, description=description, args=args)))
 
 

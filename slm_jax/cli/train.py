@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from slm_jax.cli.host import keep_freed_memory
 from slm_jax.cli.model import DEFAULT_PRESET, preset_list, split_preset
 from slm_jax.cli.script import parse
 from slm_jax.cli.show import console, count, facts, nbytes
@@ -20,6 +21,7 @@ Presets: {preset_list()}"""
 
 def command(args: Sequence[str]) -> None:
     """Trains what `args` describe and prints the result."""
+    keep_freed_memory()
     name, rest = split_preset(args)
     default = Experiment(model=preset(name), out=Path("runs") / name)
     config = parse(

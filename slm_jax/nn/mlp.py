@@ -60,7 +60,15 @@ class MLP(nnx.Module):
         self, x: jax.Array, *, segments: jax.Array | None, key: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Maps `[B, S, embed]` to the same shape, token by token; the aux dict is empty."""
-        act = ACTIVATIONS[self.config.activation]
-        up = self.up(x)
-        h = act(up) if self.gate is None else act(self.gate(x)) * up
-        return self.down(h), {}
+        gate = None if self.gate is None else self.gate(x)
+        return self.down(activate(self.up(x), gate, self.config.activation)), {}
+
+
+@partial(jax.checkpoint, static_argnums=2)
+def activate(up: jax.Array, gate: jax.Array | None, activation: Activation) -> jax.Array:
+    """`act(gate) * up`, or `act(up)`: elementwise, and recomputed in the backward pass.
+
+    Otherwise the activation and its factors are kept in memory for every layer.
+    """
+    act = ACTIVATIONS[activation]
+    return act(up) if gate is None else act(gate) * up

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from slm_jax.errors import UserError
 from slm_jax.nn.linear import Linear
-from slm_jax.nn.mlp import ACTIVATIONS, Activation
+from slm_jax.nn.mlp import Activation, activate
 from slm_jax.nn.module import Buffer
 from slm_jax.nn.router import route
 from slm_jax.parallel.rules import has_mesh, lead_spec
@@ -139,10 +139,13 @@ class MoE(nnx.Module):
 
 
 def _expert_mlp(moe: MoE, x: jax.Array, group_sizes: jax.Array | None) -> jax.Array:
-    act = ACTIVATIONS[moe.config.activation]
     if group_sizes is None:
-        return moe.down(act(moe.gate(x)) * moe.up(x))
-    h = act(moe.gate.grouped(x, group_sizes)) * moe.up.grouped(x, group_sizes)
+        return moe.down(activate(moe.up(x), moe.gate(x), moe.config.activation))
+    h = activate(
+        moe.up.grouped(x, group_sizes),
+        moe.gate.grouped(x, group_sizes),
+        moe.config.activation,
+    )
     return moe.down.grouped(h, group_sizes)
 
 

@@ -1,6 +1,7 @@
 """RMSNorm and LayerNorm, always computed in float32."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -44,14 +45,28 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """Normalises `x`; returns its shape in `dtype` (default that of `x`)."""
-        axis = tuple(range(-self.n_axes, 0))
-        h = x.astype(jnp.float32)
-        if self.config.kind == "layer":
-            h = h - jnp.mean(h, axis, keepdims=True)
-        h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis, keepdims=True) + self.config.eps)
-        if self.scale is not None:
-            offset = 1.0 if self.config.scale == "unit_offset" else 0.0
-            h = h * (self.scale[...] + offset)
-        if self.bias is not None:
-            h = h + self.bias[...]
-        return h.astype(dtype or x.dtype)
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        return _normalise(x, scale, bias, self.config, self.n_axes, dtype or x.dtype)
+
+
+# Recomputed in the backward pass: otherwise every norm keeps a float32 copy of its input.
+@partial(jax.checkpoint, static_argnums=(3, 4, 5))
+def _normalise(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    config: NormConfig,
+    n_axes: int,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    axis = tuple(range(-n_axes, 0))
+    h = x.astype(jnp.float32)
+    if config.kind == "layer":
+        h = h - jnp.mean(h, axis, keepdims=True)
+    h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), axis, keepdims=True) + config.eps)
+    if scale is not None:
+        h = h * (scale + 1.0 if config.scale == "unit_offset" else scale)
+    if bias is not None:
+        h = h + bias
+    return h.astype(dtype)

@@ -164,12 +164,12 @@ def apply_rope(
         The shape and dtype of `x`; computed in float32.
     """
     half = cos.shape[-1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotated, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
-    if layout == "half":
-        a, b = rotated[..., :half], rotated[..., half:]
-        out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    else:
-        a, b = rotated[..., 0::2], rotated[..., 1::2]
-        out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(rotated.shape)
-    return jnp.concatenate([out.astype(x.dtype), rest], axis=-1)
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    # Pairs along an axis of their own, so that the rotation is one elementwise pass:
+    # (a, b) cos + (b, a) (-sin, sin).
+    axis, shape = (-2, (2, half)) if layout == "half" else (-1, (half, 2))
+    pairs = rotated.astype(jnp.float32).reshape(*x.shape[:-1], *shape)
+    cos = jnp.expand_dims(cos[:, :, None], axis)
+    sin = jnp.stack([-sin, sin], axis)[:, :, None]
+    out = (pairs * cos + jnp.flip(pairs, axis) * sin).astype(x.dtype).reshape(rotated.shape)
+    return jnp.concatenate([out, rest], axis=-1) if rest.shape[-1] else out

@@ -1,6 +1,7 @@
 """One optimiser step: a pure function of (state, batch, learning rate), compiled ahead of time."""
 
 import functools
+import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,20 @@ Batch = Mapping[str, jax.Array]
 # Sets the noise of the steps apart from the initial weights: `split(key, n)[i]`, which made those,
 # is `fold_in(key, i)`.
 _NOISE = 1 << 31
+
+# Matrix products by oneDNN: a step is 1.1 times faster than with XLA's own choice (AVX-512).
+ON_CPU: dict[str, bool | int | str] = (
+    {
+        "xla_cpu_use_onednn": True,
+        "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+        "xla_cpu_prefer_vector_width": 512,
+    }
+    if platform.machine() in ("x86_64", "AMD64")
+    else {}
+)
+
+# XLA:CPU takes six times as long for the same random bits at its highest level.
+INIT_ON_CPU: dict[str, bool | int | str] = {"xla_backend_optimization_level": 2}
 
 
 class TrainState(NamedTuple):
@@ -196,19 +211,16 @@ def _compile(
         state = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places
         )
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
         start = time.perf_counter()
         compiled = (
             jax.jit(functools.partial(train_step, config), donate_argnums=0)
             .lower(state, inputs, jax.ShapeDtypeStruct((), jnp.float32))
-            .compile()
+            .compile(ON_CPU if on_cpu else None)
         )
         seconds = time.perf_counter() - start
-        # XLA:CPU takes six times as long for the same random bits at its highest level.
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
         compiled_init = (
-            jax.jit(init, out_shardings=places)
-            .lower(seed)
-            .compile({"xla_backend_optimization_level": 2} if on_cpu else None)
+            jax.jit(init, out_shardings=places).lower(seed).compile(INIT_ON_CPU if on_cpu else None)
         )
     memory = compiled.memory_analysis()
     assert memory is not None

@@ -15,7 +15,7 @@ from slm_kernels.attention.mask import visible
 _HIDDEN = -1e30
 
 # Queries of a block, at least; and blocks, at most: each is code of its own.
-_BLOCK, _MOST_BLOCKS = 64, 8
+_BLOCK, _MOST_BLOCKS = 128, 8
 
 
 def attention_xla(
