@@ -1,6 +1,6 @@
 """Run by test_equality.py in a process of its own, so that XLA's log can be read.
 
-    python compare.py ARCHITECTURE:DATAxFSDP,... ...
+    python compare.py ARCHITECTURE:DATAxFSDPxTENSOR,... ...
 
 For every architecture it writes a line to stderr, which what XLA logs then follows, and a JSON
 object to stdout: a list with the result on every mesh. A gradient's error is the largest one over
@@ -58,8 +58,8 @@ def compare(architecture: str, meshes: list[str]) -> list[dict]:
     loss, gradient = loss_of(model, batch)
     results = []
     for name in meshes:
-        data, fsdp = map(int, name.split("x"))
-        mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp))
+        data, fsdp, tensor = map(int, name.split("x"))
+        mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
         with jax.set_mesh(mesh):
             split = jax.device_put(model, shardings(model, mesh))
             got, got_gradient = loss_of(split, shard_batch(batch, mesh))

@@ -34,8 +34,12 @@ def compare(*arguments: str) -> dict[str, tuple[list[dict], str]]:
 
 ARCHITECTURES = ["dense", "moe", "moe_capacity", "mamba", "hybrid"]
 # One process for the test of every day, and one for the meshes that dense alone stands for there.
-EVERY_DAY = ("dense:8x1,1x8,2x4", *(f"{name}:2x4" for name in ARCHITECTURES[1:]), "control")
-THE_REST = (*(f"{name}:8x1,1x8" for name in ARCHITECTURES[1:]), "control")
+EVERY_DAY = (
+    "dense:8x1x1,1x8x1,2x4x1,2x2x2",
+    *(f"{name}:2x4x1,1x4x2" for name in ARCHITECTURES[1:]),
+    "control",
+)
+THE_REST = (*(f"{name}:8x1x1,1x8x1,2x2x2" for name in ARCHITECTURES[1:]), "control")
 
 
 def check(arguments: tuple[str, ...], architecture: str) -> None:
