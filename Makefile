@@ -19,7 +19,8 @@ STAMP := .venv/.stamp-$(ACCELERATOR)
 JAX_PIN = $(shell sed -n 's/^jax==\([^ ;]*\).*/\1/p' requirements.lock)
 PYTEST := $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo test test-all lint lint-check lock golden golden-env clean uv
+.PHONY: help setup demo test test-all lint lint-check lock golden golden-env libtpu \
+	compile-kernels profile-kernels clean uv
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -45,10 +46,10 @@ demo: $(STAMP) ## train small models of several architectures and compare them
 	@XLA_FLAGS="--xla_force_host_platform_device_count=$(DEVICES)" \
 		$(PYTHON) experiments/ablate_architectures.py $(ARGS)
 
-test: $(STAMP) ## run the tests that are not slow
+test: $(STAMP) libtpu ## run the tests that are not slow
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(STAMP) golden-env ## run all tests
+test-all: $(STAMP) golden-env libtpu ## run all tests
 	@$(PYTEST) $(ARGS)
 
 lint: $(STAMP) ## format, mend what ruff can mend, check types
@@ -66,6 +67,19 @@ lock: uv ## make requirements.lock again, newest versions with ARGS=--upgrade
 		--generate-hashes --no-annotate --extra dev --no-emit-package slm-kernels \
 		pyproject.toml kernels/pyproject.toml -o requirements.lock $(ARGS)
 
+# Apart from .venv, where jax would take it for a TPU. Without it the tests that need it say so and skip.
+libtpu: uv ## install the compiler for TPUs, which needs no TPU
+	@cmp -s kernels/libtpu.txt .libtpu/.installed || \
+		{ $(UV) pip install --quiet --target .libtpu --no-deps --require-hashes -r kernels/libtpu.txt \
+			&& cp kernels/libtpu.txt .libtpu/.installed; } || \
+		echo "libtpu could not be installed: nothing will be compiled for TPUs"
+
+compile-kernels: $(STAMP) libtpu ## compile every kernel for every TPU, forward and backward
+	@$(PYTEST) tests/kernels/test_aot.py $(ARGS)
+
+profile-kernels: $(STAMP) libtpu ## simulate the kernels on TPUs: cycles, bytes, share of the peak
+	@$(PYTHON) -m slm_kernels.profile $(ARGS)
+
 golden-env: .golden-env/.stamp ## make the environment that writes the golden files
 
 # Python 3.11 and plain pip: torch and transformers are only here, as the other opinion.
@@ -79,5 +93,5 @@ golden: golden-env ## write the golden files again
 	@.golden-env/bin/python tests/golden/write.py $(ARGS)
 
 clean: ## remove environments, caches and builds
-	rm -rf .venv .golden-env .cache .hypothesis dist kernels/dist
+	rm -rf .venv .golden-env .libtpu .cache .hypothesis dist kernels/dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+from jax.sharding import PartitionSpec as P
+
 logger = logging.getLogger("slm_kernels")
 
 
@@ -18,8 +21,8 @@ def pick(
     implementation: str | None,
     table: Mapping[str, Callable[..., Any]],
     default: str,
-) -> Callable[..., Any]:
-    """The function for `implementation`, or for `default` when it is `None`.
+) -> tuple[str, Callable[..., Any]]:
+    """Name and function of `implementation`, or of `default` when it is `None`.
 
     What runs is logged once an operation at level INFO.
 
@@ -33,4 +36,44 @@ def pick(
             f"{', '.join(table)}"
         )
     _log_once(operation, name)
-    return table[name]
+    return name, table[name]
+
+
+def platform() -> str:
+    """`"cpu"`, `"gpu"` or `"tpu"`: what the mesh in use is made of, or the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def spec_of(array: jax.Array) -> P:
+    """How `array` is split over explicit mesh axes, one entry a dimension."""
+    spec = jax.typeof(array).sharding.spec
+    return P(*spec, *(None,) * (array.ndim - len(spec)))
+
+
+def per_shard(
+    run: Callable[..., Any],
+    arguments: Mapping[str, jax.Array | None],
+    specs: Mapping[str, P],
+    out_specs: Any,
+) -> Any:
+    """Calls a kernel on every device's part: the compiler cannot split one itself.
+
+    Args:
+        run: called with the arguments by name.
+        arguments: arrays, or `None` for those left out.
+        specs: how each array has to be split; one that is split otherwise is moved.
+        out_specs: how the results are.
+    """
+    given = {name: x for name, x in arguments.items() if x is not None}
+    left_out = {name: None for name in arguments if name not in given}
+
+    def call(given: dict[str, jax.Array]) -> Any:
+        return run(**given, **left_out)
+
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return call(given)
+    split = {name: specs[name] for name in given}
+    moved = {name: jax.reshard(x, split[name]) for name, x in given.items()}
+    # No check of varying axes: what a kernel writes carries no such mark.
+    return jax.shard_map(call, in_specs=(split,), out_specs=out_specs, check_vma=False)(moved)

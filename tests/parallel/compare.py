@@ -1,21 +1,26 @@
 """Run by test_equality.py in a process of its own, so that XLA's log can be read.
 
-    python compare.py ARCHITECTURE:DATAxFSDPxTENSOR,... ...
+    python compare.py ARCHITECTURE[@tpu]:DATAxFSDPxTENSOR,... ...
 
-For every architecture it writes a line to stderr, which what XLA logs then follows, and a JSON
-object to stdout: a list with the result on every mesh. A gradient's error is the largest one over
-the largest value. The architecture "control" compiles something that XLA can only do by
-replicating an array.
+With `@tpu` after the architecture the meshes run its TPU kernels, interpreted, and are compared
+with the same program without them. For every architecture it writes a line to stderr, which what
+XLA logs then follows, and a JSON object to stdout: a list with the result on every mesh. A
+gradient's error is the largest one over the largest value. The architecture "control" compiles
+something that XLA can only do by replicating an array.
 """
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from slm_kernels.pallas import interpreted
 
 from slm_jax.models.loss import next_token_loss
 from slm_jax.parallel import MeshConfig, make_mesh, shard_batch, shardings
@@ -43,9 +48,22 @@ def loss_of(model, batch):
     return nll / weight + sum(jnp.sum(v) for k, v in sorted(aux.items()) if k != "moe_load")
 
 
+@contextlib.contextmanager
+def tpu_kernels() -> Iterator[None]:
+    """Operations choose as on a TPU, and what they choose is interpreted."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interpreted())
+        for operation in ("attention", "scan"):
+            stack.enter_context(mock.patch(f"slm_kernels.{operation}.platform", return_value="tpu"))
+        stack.enter_context(mock.patch("slm_kernels.attention._FEW_QUERIES", 1))
+        yield
+
+
 def compare(architecture: str, meshes: list[str]) -> list[dict]:
     """Loss and gradients on every mesh against the same program without one."""
-    model = tiny_lm(architecture, remat="full", n_layers=2)
+    architecture, _, kernels = architecture.partition("@")
+    # An interpreted kernel has effects, which rematerialisation refuses.
+    model = tiny_lm(architecture, remat="none" if kernels else "full", n_layers=2)
     ids = tokens(ROWS, LENGTH + 1)
     segments = np.where(np.arange(LENGTH) < 5, 1, 2) * np.ones((ROWS, 1), np.int32)
     segments[3:5, 9:] = 0  # padding in some shards only
@@ -60,7 +78,7 @@ def compare(architecture: str, meshes: list[str]) -> list[dict]:
     for name in meshes:
         data, fsdp, tensor = map(int, name.split("x"))
         mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), tpu_kernels() if kernels else contextlib.nullcontext():
             split = jax.device_put(model, shardings(model, mesh))
             got, got_gradient = loss_of(split, shard_batch(batch, mesh))
         errors = jax.tree.map(

@@ -39,6 +39,14 @@ EVERY_DAY = (
     *(f"{name}:2x4x1,1x4x2" for name in ARCHITECTURES[1:]),
     "control",
 )
+KERNELS = ("dense@tpu:2x2x2", "mamba@tpu:2x2x2", "control")
+THE_OTHER_KERNELS = (
+    "dense@tpu:8x1x1,1x8x1",
+    "mamba@tpu:8x1x1,1x8x1",
+    "moe@tpu:8x1x1,1x8x1,2x2x2",
+    "hybrid@tpu:8x1x1,1x8x1,2x2x2",
+    "control",
+)
 THE_REST = (*(f"{name}:8x1x1,1x8x1,2x2x2" for name in ARCHITECTURES[1:]), "control")
 
 
@@ -62,6 +70,17 @@ def test_a_mesh_does_not_change_loss_or_gradients(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
 def test_no_mesh_changes_loss_or_gradients(architecture: str) -> None:
     check(THE_REST, architecture)
+
+
+@pytest.mark.parametrize("architecture", ["dense@tpu", "mamba@tpu"])
+def test_tpu_kernels_on_a_mesh_do_not_change_loss_or_gradients(architecture: str) -> None:
+    check(KERNELS, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["dense@tpu", "mamba@tpu", "moe@tpu", "hybrid@tpu"])
+def test_tpu_kernels_on_no_mesh_change_loss_or_gradients(architecture: str) -> None:
+    check(THE_OTHER_KERNELS, architecture)
 
 
 def test_the_complaint_is_seen_when_there_is_one() -> None:

@@ -1,12 +1,25 @@
 """Grouped-query attention with masks by position and document."""
 
+import functools
+
 import jax
+from jax.sharding import PartitionSpec as P
 
 from slm_kernels.attention.reference import attention_reference
+from slm_kernels.attention.tpu import attention_tpu
 from slm_kernels.attention.xla import attention_xla
-from slm_kernels.dispatch import pick
+from slm_kernels.dispatch import per_shard, pick, platform, spec_of
 
-IMPLEMENTATIONS = {"reference": attention_reference, "xla": attention_xla}
+IMPLEMENTATIONS = {
+    "reference": attention_reference,
+    "xla": attention_xla,
+    "tpu": attention_tpu,
+}
+KERNELS = ("tpu",)
+"""Those that see one device's part of the arrays."""
+
+# Queries from which on the TPU kernel is the default there: below, its tiles are mostly padding.
+_FEW_QUERIES = 128
 
 
 def attention(
@@ -45,13 +58,15 @@ def attention(
         window: width of the sliding window, or `None`.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2), or `None`.
         scale: multiplies the scores; default head_dim^-1/2.
-        implementation: `"reference"`, `"xla"`, or `None` for the best available.
+        implementation: `"reference"`, `"xla"`, `"tpu"`, or `None`: on a TPU `"tpu"` for 128
+            queries or more, everywhere else `"xla"`.
 
     Returns:
         `[B, S, n_heads, head_dim]` in the dtype of `q`; softmax in float32.
 
     Raises:
-        ValueError: on shapes that do not fit or an unknown implementation.
+        ValueError: on shapes that do not fit, an unknown implementation, or a kernel asked to
+            work on rows that are split along the sequence.
     """
     n_heads, n_kv_heads = q.shape[2], k.shape[2]
     if n_heads % n_kv_heads:
@@ -62,21 +77,50 @@ def attention(
         raise ValueError(f"in_order=True needs as many keys as queries: q{q.shape}, k{k.shape}")
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("q_segments and kv_segments are given together or not at all")
-    run = pick("attention", implementation, IMPLEMENTATIONS, default="xla")
-    return run(
-        q,
-        k,
-        v,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        q_segments=q_segments,
-        kv_segments=kv_segments,
+    on_tpu = platform() == "tpu" and q.shape[1] >= _FEW_QUERIES
+    name, run = pick(
+        "attention", implementation, IMPLEMENTATIONS, default="tpu" if on_tpu else "xla"
+    )
+    run = functools.partial(
+        run,
         causal=causal,
         in_order=in_order,
         window=window,
         softcap=softcap,
         scale=q.shape[3] ** -0.5 if scale is None else scale,
     )
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "q_positions": q_positions,
+        "kv_positions": kv_positions,
+        "q_segments": q_segments,
+        "kv_segments": kv_segments,
+    }
+    if name not in KERNELS:
+        return run(**arrays)
+    rows, length, heads, _ = spec_of(q)
+    if length is not None:
+        raise ValueError(
+            f"implementation={name!r} needs whole rows and q is split over {length} along the "
+            "sequence: gather it, or use implementation='xla'"
+        )
+    kv_heads = spec_of(k)[2]
+    if kv_heads != heads and n_kv_heads > 1:
+        raise ValueError(
+            f"implementation={name!r} needs a query head and its key head on one device, and "
+            f"{n_heads} query heads are split over {heads}, {n_kv_heads} key heads over "
+            f"{kv_heads}: split over fewer devices, or use implementation='xla'"
+        )
+    by_head, by_row = P(rows, None, heads, None), P(rows, None)
+    by_kv_head = P(rows, None, kv_heads, None)
+    specs = {"q": by_head, "k": by_kv_head, "v": by_kv_head} | {
+        field: by_row if x is not None and x.shape[0] == q.shape[0] else P(None, None)
+        for field, x in arrays.items()
+        if field not in "qkv"
+    }
+    return per_shard(run, arrays, specs, by_head)
 
 
 __all__ = ["IMPLEMENTATIONS", "attention"]

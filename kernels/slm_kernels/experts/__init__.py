@@ -2,7 +2,7 @@
 
 import jax
 
-from slm_kernels.dispatch import pick
+from slm_kernels.dispatch import pick, platform
 from slm_kernels.experts.blocked import grouped_matmul_blocked
 from slm_kernels.experts.reference import grouped_matmul_reference
 
@@ -41,8 +41,9 @@ def grouped_matmul(
         raise ValueError(f"x{x.shape}, w{w.shape}: want x[rows, K] and w[groups, K, N]")
     if group_sizes.shape != w.shape[:1]:
         raise ValueError(f"group_sizes{group_sizes.shape}: want one size for {w.shape[0]} groups")
-    default = "blocked" if jax.default_backend() == "cpu" else "xla"
-    return pick("grouped_matmul", implementation, IMPLEMENTATIONS, default)(x, w, group_sizes)
+    default = "blocked" if platform() == "cpu" else "xla"
+    _, run = pick("grouped_matmul", implementation, IMPLEMENTATIONS, default)
+    return run(x, w, group_sizes)
 
 
 __all__ = ["IMPLEMENTATIONS", "grouped_matmul"]

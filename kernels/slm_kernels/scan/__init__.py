@@ -1,13 +1,21 @@
 """Selective scan (Mamba-1) and the causal depthwise convolution before it."""
 
 import jax
+from jax.sharding import PartitionSpec as P
 
-from slm_kernels.dispatch import pick
+from slm_kernels.dispatch import per_shard, pick, platform, spec_of
 from slm_kernels.scan.conv import causal_conv1d
 from slm_kernels.scan.reference import selective_scan_reference
+from slm_kernels.scan.tpu import selective_scan_tpu
 from slm_kernels.scan.xla import selective_scan_xla
 
-IMPLEMENTATIONS = {"reference": selective_scan_reference, "xla": selective_scan_xla}
+IMPLEMENTATIONS = {
+    "reference": selective_scan_reference,
+    "xla": selective_scan_xla,
+    "tpu": selective_scan_tpu,
+}
+KERNELS = ("tpu",)
+"""Those that see one device's part of the arrays."""
 
 
 def selective_scan(
@@ -37,7 +45,8 @@ def selective_scan(
         reset: `[B, L]` bool, true where a document begins: the state before it is dropped.
         initial_state: `[B, D, N]` float32, zeros by default; kept only if the first token does
             not reset.
-        implementation: `"reference"`, `"xla"`, or `None` for the best available.
+        implementation: `"reference"`, `"xla"`, `"tpu"`, or `None`: on a TPU `"tpu"` for more
+            than one token, everywhere else `"xla"`.
 
     Returns:
         `y` `[B, L, D]` in the dtype of `u`, and the last state `[B, D, N]` float32. Gradients
@@ -60,8 +69,40 @@ def selective_scan(
     for name, (array, shape) in want.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name}{array.shape}: want {shape} to go with u{u.shape}")
-    run = pick("selective_scan", implementation, IMPLEMENTATIONS, default="xla")
-    return run(u, dt, a, b, c, d, reset=reset, initial_state=initial_state)
+    on_tpu = platform() == "tpu" and length > 1
+    default = "tpu" if on_tpu else "xla"
+    name, run = pick("selective_scan", implementation, IMPLEMENTATIONS, default)
+    arrays = {
+        "u": u,
+        "dt": dt,
+        "a": a,
+        "b": b,
+        "c": c,
+        "d": d,
+        "reset": reset,
+        "initial_state": initial_state,
+    }
+    if name not in KERNELS:
+        return run(**arrays)
+    rows, time, channels = spec_of(u)
+    if time is not None:
+        raise ValueError(
+            f"implementation={name!r} needs whole rows and u is split over {time} along the "
+            "sequence: gather it, or use implementation='xla'"
+        )
+    by_token, by_channel = P(rows, None, channels), P(channels)
+    state = P(rows, channels, None)
+    specs = {
+        "u": by_token,
+        "dt": by_token,
+        "a": P(channels, None),
+        "b": P(rows, None, None),
+        "c": P(rows, None, None),
+        "d": by_channel,
+        "reset": P(rows, None),
+        "initial_state": state,
+    }
+    return per_shard(run, arrays, specs, (by_token, state))
 
 
 __all__ = ["IMPLEMENTATIONS", "causal_conv1d", "selective_scan"]

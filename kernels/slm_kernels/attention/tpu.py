@@ -1,0 +1,188 @@
+"""Flash attention on TPU: softmax row by row, no matrix of scores in memory.
+
+Forward (Dao et al. 2022, arXiv:2205.14135, algorithm 1; Dao 2023, arXiv:2307.08691), for a tile of
+keys after another, with the running maximum m, sum l and output o of a query:
+
+    s  = scale log2(e) q . k                         hidden scores are -1e30                    (1)
+    m' = max(m, max_t s_t),   p_t = 2^(s_t - m')                                                (2)
+    l' = 2^(m - m') l + sum_t p_t                                                               (3)
+    o' = 2^(m - m') o + sum_t p_t v_t                at the end o / l and lse = m + log2(l)     (4)
+
+Backward, with the output's gradient do and delta = sum_d do_d o_d:
+
+    p  = 2^(s - lse)                                                                            (5)
+    dv = sum_s p do                                                                             (6)
+    ds = p (do . v - delta)                          with a softcap, times 1 - tanh^2           (7)
+    dk = scale sum_s ds q                                                                       (8)
+    dq = scale sum_t ds k                                                                       (9)
+
+A key's head is read once for the whole group of query heads that share it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from slm_kernels.attention.tpu_backward import backward
+from slm_kernels.attention.tpu_forward import forward
+from slm_kernels.attention.tpu_tiles import LANES, Blocks, Tiling, fit, pad, varying
+
+# Query rows of one program: more would not leave room for the keys.
+_ROWS = 4096
+_FORWARD = Blocks()
+_BACKWARD = Blocks()
+
+_Ids = tuple[jax.Array | None, ...]
+_Padded = tuple[jax.Array, jax.Array, jax.Array, _Ids]
+
+
+def attention_tpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    q_segments: jax.Array | None,
+    kv_segments: jax.Array | None,
+    causal: bool,
+    in_order: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    blocks: Blocks | None = None,
+    backward_blocks: Blocks | None = None,
+) -> jax.Array:
+    """Attention in O(S + T) memory; arguments and result as in `slm_kernels.attention.attention`.
+
+    With `causal` and `in_order` positions are not read: within a segment they must differ as the
+    indices do, and none may be negative.
+
+    Args:
+        q: `[B, S, n_heads, head_dim]`, bfloat16 or float32.
+        k: `[B, T, n_kv_heads, head_dim]`, as `q`.
+        v: `[B, T, n_kv_heads, head_dim]`, as `q`.
+        q_positions: `[B or 1, S]` int32.
+        kv_positions: `[B or 1, T]` int32.
+        q_segments: `[B, S]` int32 or `None`.
+        kv_segments: `[B, T]` int32 or `None`.
+        causal: hide later positions.
+        in_order: query s and key s are the same token.
+        window: width of the sliding window, or `None`.
+        softcap: bound of the scores, or `None`.
+        scale: multiplies the scores.
+        blocks: of the forward kernel; `None` chooses.
+        backward_blocks: of the backward kernel; `None` takes `blocks`, or chooses.
+
+    Raises:
+        ValueError: if q, k and v differ in dtype.
+    """
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: convert them to one dtype")
+    batch, length, n_heads, head_dim = q.shape
+    n_kv_heads, group = k.shape[2], n_heads // k.shape[2]
+    in_order = in_order and causal and length >= LANES
+    # Heads first: a head's rows are then contiguous for the copies of the kernel.
+    heads = q.reshape(batch, length, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    folded = length < LANES
+    if folded:  # A few queries, as in decoding: the group's heads are rows of one short block.
+        heads = heads.reshape(batch, n_kv_heads, 1, group * length, head_dim)
+        q_positions = jnp.tile(q_positions, (1, group))
+        if q_segments is not None:
+            q_segments = jnp.tile(q_segments, (1, group))
+    read = (None, None) if in_order else (q_positions, kv_positions)
+    ids: list[jax.Array | None] = [
+        None if x is None else jnp.asarray(x, jnp.int32)[:, None]
+        for x in (*read, q_segments, kv_segments)
+    ]
+    heads, k, v, *ids = varying(heads, k, v, *ids)
+    tilings = tuple(
+        _tiling(
+            b, heads.shape[2], heads.shape[3], k.shape[1],
+            causal=causal, in_order=in_order, window=window, softcap=softcap, scale=scale,
+            segmented=q_segments is not None,
+        )
+        for b in (blocks or _FORWARD, backward_blocks or blocks or _BACKWARD)
+    )  # fmt: skip
+    out = _attend(tilings, heads, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), tuple(ids))
+    out = out.reshape(batch, n_kv_heads, group, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _tiling(
+    blocks: Blocks,
+    group: int,
+    n_queries: int,
+    n_keys: int,
+    *,
+    causal: bool,
+    in_order: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    segmented: bool,
+) -> Tiling:
+    """Blocks that fit the lengths and the group."""
+    most = max(LANES, _ROWS >> (group - 1).bit_length())
+    q, kv = fit(n_queries, min(blocks.q, most)), fit(n_keys, blocks.kv)
+    return Tiling(
+        causal=causal,
+        in_order=in_order,
+        window=window,
+        softcap=softcap,
+        scale=float(scale),
+        segmented=segmented,
+        q=q,
+        kv=kv,
+        q_tile=min(q, blocks.q_tile),
+        kv_tile=min(kv, blocks.kv_tile),
+        n_q=-(-n_queries // q),
+        n_kv=-(-n_keys // kv),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    tilings: tuple[Tiling, Tiling], q: jax.Array, k: jax.Array, v: jax.Array, ids: _Ids
+) -> jax.Array:
+    """Attention on `[B, n_kv_heads, group, S, head_dim]` and `[B, n_kv_heads, T, head_dim]`."""
+    return _attend_forward(tilings, q, k, v, ids)[0]
+
+
+def _padded(t: Tiling, q: jax.Array, k: jax.Array, v: jax.Array, ids: _Ids) -> _Padded:
+    """Everything at lengths that are whole blocks; no query of the caller sees a padded key."""
+    n_q, n_kv = t.n_q * t.q, t.n_kv * t.kv
+    ids = tuple(
+        None if x is None else pad(x, 2, n, value)
+        for x, n, value in zip(ids, (n_q, n_kv) * 2, (-1, -1, 0, 0), strict=True)
+    )
+    return pad(q, 3, n_q), pad(k, 2, n_kv), pad(v, 2, n_kv), ids
+
+
+def _attend_forward(
+    tilings: tuple[Tiling, Tiling], q: jax.Array, k: jax.Array, v: jax.Array, ids: _Ids
+) -> tuple[jax.Array, tuple]:
+    lengths = q.shape[3], k.shape[2]
+    out, lse = forward(tilings[0], *_padded(tilings[0], q, k, v, ids), lengths)
+    out, lse = out[:, :, :, : lengths[0]], lse[:, :, :, : lengths[0]]
+    return out, (q, k, v, ids, out, lse)
+
+
+def _attend_backward(
+    tilings: tuple[Tiling, Tiling], saved: tuple, do: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    t = tilings[1]
+    q, k, v, ids, out, lse = saved
+    n_q = t.n_q * t.q
+    # Products of bfloat16 are exact in float32.
+    delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    do, lse, delta = (pad(x, 3, n_q) for x in (do, lse, delta))
+    lengths = q.shape[3], k.shape[2]
+    dq, dk, dv = backward(t, *_padded(t, q, k, v, ids), do, lse, delta, lengths)
+    dq = (dq[:, :, :, : q.shape[3]] * t.scale).astype(q.dtype)
+    dk = (dk[:, :, : k.shape[2]] * t.scale).astype(k.dtype)
+    return dq, dk, dv[:, :, : v.shape[2]].astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
