@@ -78,7 +78,7 @@ compile-kernels: $(STAMP) libtpu ## compile every kernel for every TPU, forward 
 	@$(PYTEST) tests/kernels/test_aot.py $(ARGS)
 
 profile-kernels: $(STAMP) libtpu ## simulate the kernels on TPUs: cycles, bytes, share of the peak
-	@$(PYTHON) -m slm_kernels.profile $(ARGS)
+	@$(PYTHON) -m slm_kernels.profile $(or $(ARGS),attention)
 
 golden-env: .golden-env/.stamp ## make the environment that writes the golden files
 

@@ -53,8 +53,9 @@ def attention(
         q_segments: `[B, S]` int32 document ids, or `None` for one document a row.
         kv_segments: `[B, T]`, given exactly if `q_segments` is.
         causal: hide later positions.
-        in_order: promises that query s and key s are the same token and that no query sees a key
-            of a higher index, as in training on packed rows; what is hidden is then skipped.
+        in_order: promises that query s and key s are the same token, that positions count up by
+            one within a segment and that no query sees a key of a higher index, as in training
+            on packed rows; what is hidden is then skipped.
         window: width of the sliding window, or `None`.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2), or `None`.
         scale: multiplies the scores; default head_dim^-1/2.
