@@ -88,6 +88,10 @@ class Case:
         return gradient, {"cotangent": jax.ShapeDtypeStruct(out.shape, out.dtype), **args}
 
 
+def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def _nbytes(arrays: Arguments) -> int:
     return sum(a.size * a.dtype.itemsize for a in arrays.values())
 
@@ -96,14 +100,11 @@ def _nbytes(arrays: Arguments) -> int:
 
 
 def _attention_arguments(s: Shape, packed: bool = False) -> Arguments:
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    kv = array(s["B"], s["S"], s["K"], s["D"])
-    args = {"q": array(s["B"], s["S"], s["H"], s["D"]), "k": kv, "v": kv}
-    args["positions"] = array(s["B"] if packed else 1, s["S"], dtype=jnp.int32)
+    kv = _array(s["B"], s["S"], s["K"], s["D"])
+    args = {"q": _array(s["B"], s["S"], s["H"], s["D"]), "k": kv, "v": kv}
+    args["positions"] = _array(s["B"] if packed else 1, s["S"], dtype=jnp.int32)
     if packed:
-        args["segments"] = array(s["B"], s["S"], dtype=jnp.int32)
+        args["segments"] = _array(s["B"], s["S"], dtype=jnp.int32)
     return args
 
 
@@ -205,20 +206,17 @@ def _flash(causal: bool = True) -> Callable[..., jax.Array]:
 
 
 def _scan_arguments(s: Shape, packed: bool = False) -> Arguments:
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
     batch, length, width, n = s["B"], s["L"], s["D"], s["N"]
     args = {
-        "u": array(batch, length, width),
-        "dt": array(batch, length, width, dtype=jnp.float32),
-        "a": array(width, n, dtype=jnp.float32),
-        "b": array(batch, length, n),
-        "c": array(batch, length, n),
-        "d": array(width, dtype=jnp.float32),
+        "u": _array(batch, length, width),
+        "dt": _array(batch, length, width, dtype=jnp.float32),
+        "a": _array(width, n, dtype=jnp.float32),
+        "b": _array(batch, length, n),
+        "c": _array(batch, length, n),
+        "d": _array(width, dtype=jnp.float32),
     }
     if packed:
-        args["reset"] = array(batch, length, dtype=jnp.bool_)
+        args["reset"] = _array(batch, length, dtype=jnp.bool_)
     return args
 
 

@@ -10,6 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 logger = logging.getLogger("slm_kernels")
 
+KERNELS = ("tpu",)
+"""Implementations that see one device's part of the arrays."""
+
 
 @functools.cache
 def _log_once(operation: str, implementation: str) -> None:
@@ -49,6 +52,21 @@ def spec_of(array: jax.Array) -> P:
     """How `array` is split over explicit mesh axes, one entry a dimension."""
     spec = jax.typeof(array).sharding.spec
     return P(*spec, *(None,) * (array.ndim - len(spec)))
+
+
+def whole_rows(implementation: str, name: str, array: jax.Array) -> P:
+    """How `array` `[B, S, ...]` is split.
+
+    Raises:
+        ValueError: if it is split along the sequence, which no kernel can work on.
+    """
+    spec = spec_of(array)
+    if spec[1] is not None:
+        raise ValueError(
+            f"implementation={implementation!r} needs whole rows and {name} is split over "
+            f"{spec[1]} along the sequence: gather it, or use implementation='xla'"
+        )
+    return spec
 
 
 def per_shard(

@@ -1,6 +1,5 @@
 """Settings of the process that make training on a CPU faster."""
 
-import contextlib
 import ctypes
 
 # Parameters of glibc's mallopt(3).
@@ -18,9 +17,11 @@ def keep_freed_memory() -> None:
     """
     import jax  # slow, and not everything that reads a command line needs it
 
-    with contextlib.suppress(AttributeError, OSError):
+    try:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
-        mallopt(_M_TOP_PAD, 64 << 20)
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    except (AttributeError, OSError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)
+    mallopt(_M_TOP_PAD, 64 << 20)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from slm_kernels.scan import causal_conv1d, selective_scan
 
+from tests.kernels.inputs import scan_inputs
+
 B, D, N = 2, 4, 3
 IMPLEMENTATIONS = ["reference", "xla"]
 jitted = jax.jit(selective_scan, static_argnames="implementation")
@@ -20,17 +22,7 @@ def scan(*, implementation: str, **x):
 
 
 def inputs(length: int, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    arrays = dict(
-        u=rng.normal(size=(B, length, D)),
-        dt=np.exp(rng.uniform(np.log(1e-3), np.log(1.0), (B, length, D))),
-        a=-np.exp(rng.normal(size=(D, N))),
-        b=rng.normal(size=(B, length, N)),
-        c=rng.normal(size=(B, length, N)),
-        d=rng.normal(size=D),
-        initial_state=rng.normal(size=(B, D, N)),
-    )
-    return {name: x.astype(np.float32) for name, x in arrays.items()}
+    return scan_inputs(B, length, D, N, seed)
 
 
 def oracle(u, dt, a, b, c, d, reset=None, initial_state=None):

@@ -9,24 +9,12 @@ from hypothesis import strategies as st
 from slm_kernels.pallas import interpreted
 from slm_kernels.scan.tpu import selective_scan_tpu
 
+from tests.kernels.inputs import scan_inputs
+
 NAMES = ("u", "dt", "a", "b", "c", "d", "initial_state")
 CHUNK = 8
 # An unrolled kernel takes XLA:CPU longer to optimise than to run.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def inputs(batch: int, length: int, width: int, n: int, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    arrays = dict(
-        u=rng.normal(size=(batch, length, width)),
-        dt=np.exp(rng.uniform(np.log(1e-3), np.log(1.0), (batch, length, width))),
-        a=-np.exp(rng.normal(size=(width, n))),
-        b=rng.normal(size=(batch, length, n)),
-        c=rng.normal(size=(batch, length, n)),
-        d=rng.normal(size=width),
-        initial_state=rng.normal(size=(batch, width, n)),
-    )
-    return {name: x.astype(np.float32) for name, x in arrays.items()}
 
 
 def oracle(x, reset, dy, dlast):
@@ -119,18 +107,18 @@ def resets(batch: int, length: int, share: float = 0.2) -> np.ndarray:
 )
 def test_scan_and_gradients_are_the_float64_loop(length, width, n, with_reset) -> None:
     batch = 2 if length == 19 else 1
-    x = inputs(batch, length, width, n)
+    x = scan_inputs(batch, length, width, n)
     check(x, resets(batch, length) if with_reset else None)
 
 
 @pytest.mark.slow
 def test_no_memory_is_read_unwritten_or_raced_for() -> None:
-    x = inputs(2, 19, 130, 3)
+    x = scan_inputs(2, 19, 130, 3)
     check(x, resets(2, 19), strict=True)
 
 
 def test_first_token_resets_and_every_token_resets() -> None:
-    x = inputs(2, 12, 128, 2)
+    x = scan_inputs(2, 12, 128, 2)
     reset = np.zeros((2, 12), bool)
     reset[0] = True
     reset[1, [0, 8]] = True  # and the first of a chunk
@@ -139,7 +127,7 @@ def test_first_token_resets_and_every_token_resets() -> None:
 
 
 def test_without_initial_state() -> None:
-    x = inputs(1, 5, 128, 2)
+    x = scan_inputs(1, 5, 128, 2)
     y, last, _ = run(x, without=("initial_state",))
     x["initial_state"][:] = 0
     want_y, want_last, _ = oracle(x, None, *cotangents(x))
@@ -149,7 +137,7 @@ def test_without_initial_state() -> None:
 
 def test_bfloat16_inputs_keep_a_float32_state() -> None:
     low = "u", "b", "c"  # their tiles are longer than those of dt
-    x = inputs(1, 20, 128, 3)
+    x = scan_inputs(1, 20, 128, 3)
     x |= {k: np.asarray(jnp.asarray(x[k], jnp.bfloat16)) for k in low}
     y, last, grads = run(x, chunk=16)
     assert (y.dtype, last.dtype) == (jnp.bfloat16, np.float32)
@@ -164,7 +152,7 @@ def test_bfloat16_inputs_keep_a_float32_state() -> None:
 
 
 def test_a_permuted_batch_gives_permuted_results() -> None:
-    x, order = inputs(3, 9, 128, 2), [2, 0, 1]
+    x, order = scan_inputs(3, 9, 128, 2), [2, 0, 1]
     moved = {k: v if k in ("a", "d") else v[order] for k, v in x.items()}
     with interpreted(True):
         scan = jax.jit(
@@ -184,14 +172,14 @@ def test_a_permuted_batch_gives_permuted_results() -> None:
 )
 def test_scan_of_any_shape(length, width, n, share, seed) -> None:
     reset = None if share is None else resets(1, length, share)
-    check(inputs(1, length, width, n, seed), reset)
+    check(scan_inputs(1, length, width, n, seed), reset)
 
 
 def test_errors_name_the_argument() -> None:
-    x = inputs(1, 4, 4, 2)
+    x = scan_inputs(1, 4, 4, 2)
     with pytest.raises(ValueError, match="chunk=12: want 8 or a positive multiple of 16"):
         selective_scan_tpu(**x, reset=None, chunk=12)
     with pytest.raises(ValueError, match="dt is float16: cast it to"):
         selective_scan_tpu(**x | {"dt": x["dt"].astype(np.float16)}, reset=None)
     with pytest.raises(ValueError, match="257 states a channel, at most 256"):
-        selective_scan_tpu(**inputs(1, 1, 2, 257), reset=None)
+        selective_scan_tpu(**scan_inputs(1, 1, 2, 257), reset=None)

@@ -8,15 +8,13 @@ from jax.sharding import PartitionSpec as P
 from slm_kernels.attention.reference import attention_reference
 from slm_kernels.attention.tpu import attention_tpu
 from slm_kernels.attention.xla import attention_xla
-from slm_kernels.dispatch import per_shard, pick, platform, spec_of
+from slm_kernels.dispatch import KERNELS, per_shard, pick, platform, spec_of, whole_rows
 
 IMPLEMENTATIONS = {
     "reference": attention_reference,
     "xla": attention_xla,
     "tpu": attention_tpu,
 }
-KERNELS = ("tpu",)
-"""Those that see one device's part of the arrays."""
 
 # Queries from which on the TPU kernel is the default there: below, its tiles are mostly padding.
 _FEW_QUERIES = 128
@@ -101,12 +99,7 @@ def attention(
     }
     if name not in KERNELS:
         return run(**arrays)
-    rows, length, heads, _ = spec_of(q)
-    if length is not None:
-        raise ValueError(
-            f"implementation={name!r} needs whole rows and q is split over {length} along the "
-            "sequence: gather it, or use implementation='xla'"
-        )
+    rows, _, heads, _ = whole_rows(name, "q", q)
     kv_heads = spec_of(k)[2]
     if kv_heads != heads and n_kv_heads > 1:
         raise ValueError(

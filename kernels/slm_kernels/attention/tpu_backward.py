@@ -27,6 +27,7 @@ from slm_kernels.attention.tpu_tiles import (
     Tiling,
     column,
     dot,
+    each_tile,
     lanes,
     pad,
     round_up,
@@ -202,27 +203,11 @@ def _kernel(
         of_chunk = pl.ds((i - first) * t.q + q_at, t.q_tile)
         dq_ref[0, 0, g, of_chunk] += dot(ds, k, 0, 0)
 
-    def tiles(masked: bool) -> None:
-        def head(g: Any) -> None:
-            for kv_at in range(0, t.kv, t.kv_tile):
-                for q_at in range(0, t.q, t.q_tile):
-                    run = functools.partial(tile, g, q_at, kv_at, masked)
-                    if masked and t.in_order:
-                        pl.when(t.any_visible(i * t.q + q_at, j * t.kv + kv_at))(run)
-                    else:
-                        run()
-
-        if group == 1:
-            head(0)
-        else:
-            pl.loop(0, group)(head)
-
-    inner = t.all_visible(i, j)
+    def places(masked: bool) -> list[tuple[int, int]]:
+        return [
+            (q_at, kv_at) for kv_at in range(0, t.kv, t.kv_tile) for q_at in range(0, t.q, t.q_tile)
+        ]
 
     @pl.when(i <= last)
     def _pair() -> None:
-        if inner is False:
-            tiles(True)
-        else:
-            pl.when(inner)(lambda: tiles(False))
-            pl.when(jnp.logical_not(inner))(lambda: tiles(True))
+        each_tile(t, i, j, group, places, tile)

@@ -26,6 +26,7 @@ from slm_kernels.attention.tpu_tiles import (
     Tiling,
     column,
     dot,
+    each_tile,
     lanes,
     shape_like,
 )
@@ -159,31 +160,16 @@ def _kernel(
         product = dot(p.astype(v_ref.dtype), v_ref[0, 0, keys], 1, 0)
         acc_ref[g, rows] = lanes(shrink, head_dim) * acc_ref[g, rows] + product
 
-    def tiles(masked: bool) -> None:
-        def head(g: Any) -> None:
-            # Without a mask no tile can be left out: the widest product latches keys least often.
-            for q_at in range(0, t.q, t.q_tile if masked else t.q):
-                for kv_at in range(0, t.kv, t.kv_tile):
-                    run = functools.partial(tile, g, q_at, kv_at, masked)
-                    if masked and t.in_order:
-                        pl.when(t.any_visible(i * t.q + q_at, j * t.kv + kv_at))(run)
-                    else:
-                        run()
-
-        if group == 1:
-            head(0)
-        else:
-            pl.loop(0, group)(head)
-
-    inner = t.all_visible(i, j)
+    def places(masked: bool) -> list[tuple[int, int]]:
+        # Without a mask no tile can be left out: the widest product latches keys least often.
+        q_tile = t.q_tile if masked else t.q
+        return [
+            (q_at, kv_at) for q_at in range(0, t.q, q_tile) for kv_at in range(0, t.kv, t.kv_tile)
+        ]
 
     @pl.when(j <= last)
     def _pair() -> None:
-        if inner is False:
-            tiles(True)
-        else:
-            pl.when(inner)(lambda: tiles(False))
-            pl.when(jnp.logical_not(inner))(lambda: tiles(True))
+        each_tile(t, i, j, group, places, tile)
 
     @pl.when(j == last)
     def _end() -> None:

@@ -10,10 +10,13 @@ Everything that decides this is computed from grid indices with compares and shi
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 LANES = 128
 LOG2E = 1.4426950408889634
@@ -168,6 +171,47 @@ class Tiling:
             return n_queries * n_keys
         w = n_queries if self.window is None else min(self.window, n_queries)
         return w * (w + 1) // 2 + (n_queries - w) * w
+
+
+def each_tile(
+    t: Tiling,
+    i: Any,
+    j: Any,
+    group: int,
+    places: Callable[[bool], Sequence[tuple[int, int]]],
+    tile: Callable[[Any, int, int, bool], None],
+) -> None:
+    """Runs the tiles of a pair of blocks that any query sees, masked only where they must be.
+
+    Args:
+        t: the tiling.
+        i: block of queries.
+        j: block of keys.
+        group: query heads.
+        places: first query and key of each tile in its block, for masked tiles or not.
+        tile: called with a head, a place and whether to mask.
+    """
+
+    def tiles(masked: bool) -> None:
+        def head(g: Any) -> None:
+            for q_at, kv_at in places(masked):
+                run = functools.partial(tile, g, q_at, kv_at, masked)
+                if masked and t.in_order:
+                    pl.when(t.any_visible(i * t.q + q_at, j * t.kv + kv_at))(run)
+                else:
+                    run()
+
+        if group == 1:
+            head(0)
+        else:
+            pl.loop(0, group)(head)
+
+    inner = t.all_visible(i, j)
+    if inner is False:
+        tiles(True)
+    else:
+        pl.when(inner)(lambda: tiles(False))
+        pl.when(jnp.logical_not(inner))(lambda: tiles(True))
 
 
 def log2(power: int) -> int:

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import PartitionSpec as P
 
-from slm_kernels.dispatch import per_shard, pick, platform, spec_of
+from slm_kernels.dispatch import KERNELS, per_shard, pick, platform, whole_rows
 from slm_kernels.scan.conv import causal_conv1d
 from slm_kernels.scan.reference import selective_scan_reference
 from slm_kernels.scan.tpu import selective_scan_tpu
@@ -14,8 +14,6 @@ IMPLEMENTATIONS = {
     "xla": selective_scan_xla,
     "tpu": selective_scan_tpu,
 }
-KERNELS = ("tpu",)
-"""Those that see one device's part of the arrays."""
 
 
 def selective_scan(
@@ -84,12 +82,7 @@ def selective_scan(
     }
     if name not in KERNELS:
         return run(**arrays)
-    rows, time, channels = spec_of(u)
-    if time is not None:
-        raise ValueError(
-            f"implementation={name!r} needs whole rows and u is split over {time} along the "
-            "sequence: gather it, or use implementation='xla'"
-        )
+    rows, _, channels = whole_rows(name, "u", u)
     by_token, by_channel = P(rows, None, channels), P(channels)
     state = P(rows, channels, None)
     specs = {
