@@ -1,6 +1,6 @@
 """Causal language model from a repeating pattern of layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -11,6 +11,7 @@ from slm_jax.errors import UserError
 from slm_jax.nn.block import Block, LayerConfig
 from slm_jax.nn.linear import Embedding, Linear
 from slm_jax.nn.norm import Norm, NormConfig
+from slm_jax.nn.parametrization import MuPConfig, parametrise
 
 State = dict[str, tuple[Any, ...]]
 
@@ -50,6 +51,8 @@ class LMConfig:
     """Dtype of the residual stream; `None` is the compute dtype (Mamba keeps float32)."""
     init_std: float = 0.02
     """Standard deviation of embedding and head; hidden matrices use 1/sqrt(fan-in)."""
+    mup: MuPConfig = MuPConfig()
+    """Width and depth that the learning rate was tuned at; by default it is tuned for this one."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes: nothing, every layer, or all but matrix products."""
     scan_unroll: int = 1
@@ -63,6 +66,8 @@ class LMConfig:
             raise UserError("pattern=() is empty: give at least one LayerConfig")
         if self.head_bias and self.tie_embeddings:
             raise UserError("head_bias=True needs tie_embeddings=False: a tied head has no bias")
+        for layer in self.pattern:
+            self.mup.mixer(layer.mixer)
 
     def layer(self, i: int) -> LayerConfig:
         """The configuration of layer `i`."""
@@ -90,9 +95,18 @@ class LM(nnx.Module):
         period = len(config.pattern)
         repeats, rest = divmod(config.n_layers, period)
 
+        mup = config.mup
+        width_ratio, depth_ratio = mup.width_ratio(config.d_model), mup.depth_ratio(config.n_layers)
+
         def block(layer: LayerConfig, key: jax.Array) -> Block:
-            scale = (2 * config.n_layers) ** -0.5
-            return Block(layer, config.d_model, config.norm, key=key, residual_scale=scale)
+            return Block(
+                replace(layer, mixer=mup.mixer(layer.mixer)),
+                config.d_model,
+                config.norm,
+                key=key,
+                residual_scale=(2 * (mup.base_depth or config.n_layers)) ** -0.5,
+                branch_multiplier=1 / depth_ratio,
+            )
 
         self.config = config
         self.embed = Embedding(config.vocab_size, config.d_model, key=k_embed, std=config.init_std)
@@ -118,6 +132,7 @@ class LM(nnx.Module):
                 std=config.init_std,
             )
         )
+        parametrise(self, width_ratio, depth_ratio)
 
     def __call__(
         self,
@@ -218,6 +233,9 @@ class LM(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Maps `[B, S, d_model]` to logits `[B, S, vocab]`, float32."""
+        width_ratio = self.config.mup.width_ratio(self.config.d_model)
+        if width_ratio != 1.0:
+            x = x / width_ratio  # not the logits: the head's bias is not divided
         if self.head is None:
             y = self.embed.attend(x)
         else:

@@ -50,6 +50,7 @@ class Block(nnx.Module):
         *,
         key: jax.Array,
         residual_scale: float,
+        branch_multiplier: float = 1.0,
     ) -> None:
         """Initialises the layer.
 
@@ -59,11 +60,13 @@ class Block(nnx.Module):
             norm: normalisation of both branches.
             key: PRNG key.
             residual_scale: multiplies the standard deviation of the two output projections.
+            branch_multiplier: multiplies what both branches add to the stream.
         """
         k_mixer, k_channel = jax.random.split(key)
         pre, post = config.norm_position != "post", config.norm_position != "pre"
         has_channel = config.channel is not None
         self.config = config
+        self.branch_multiplier = branch_multiplier
         self.mixer_norm = Norm(norm, d_model) if pre else None
         self.mixer = MIXERS[type(config.mixer)](
             config.mixer,
@@ -114,6 +117,8 @@ class Block(nnx.Module):
         y, state = self.mixer(h, positions=positions, segments=segments, state=state)
         if self.mixer_post_norm is not None:
             y = self.mixer_post_norm(y)
+        if self.branch_multiplier != 1.0:
+            y = y * self.branch_multiplier
         if self.channel is None:
             return x + y, {}, state
         if not self.config.parallel:
@@ -122,4 +127,6 @@ class Block(nnx.Module):
         z, aux = self.channel(h, segments=segments, key=key)
         if self.channel_post_norm is not None:
             z = self.channel_post_norm(z)
+        if self.branch_multiplier != 1.0:
+            z = z * self.branch_multiplier
         return x + z if not self.config.parallel else x + y + z, aux, state

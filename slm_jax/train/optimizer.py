@@ -1,6 +1,8 @@
 """Optimisers and learning-rate schedules by name."""
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +12,8 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from slm_jax.errors import UserError
-from slm_jax.nn.module import is_variable
+from slm_jax.nn.module import is_variable, named_leaves
+from slm_jax.nn.parametrization import UpdateScale, update_scale
 from slm_jax.parallel.rules import has_mesh
 
 
@@ -79,12 +82,17 @@ def make_optimizer(config: OptimizerConfig, model: Any) -> optax.GradientTransfo
         model: the model, abstract or not: its variables say what is decayed and what is a matrix.
 
     Returns:
-        An optax transformation whose updates are `direction + weight_decay * parameter`.
+        An optax transformation whose updates are `direction + weight_decay * parameter`, with
+        the direction of each weight times its `slm_jax.nn.parametrization.UpdateScale`.
     """
     decayed = _map_variables(
         lambda v: isinstance(v, nnx.Param) and v.get_metadata().get("decay", True), model
     )
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    scaled = any(update_scale(v) != UpdateScale() for v in named_leaves(model).values())
+    if scaled and config.name != "lion":
+        # Adam of g / s is Adam of g with an eps of s x eps.
+        parts.append(_scale_each(lambda v: 1 / update_scale(v).eps))
     match config.name:
         case "adamw":
             parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
@@ -92,6 +100,8 @@ def make_optimizer(config: OptimizerConfig, model: Any) -> optax.GradientTransfo
             parts.append(optax.scale_by_lion(config.b1, config.b2))
         case "muon":
             parts.append(_muon(config, model))
+    if scaled:  # the update, and not the decay after it: see slm_jax.nn.parametrization
+        parts.append(_scale_each(functools.partial(_update_factor, config.name)))
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     return optax.chain(*parts)
 
@@ -101,18 +111,35 @@ def _map_variables(f: Any, model: Any) -> Any:
     return jax.tree.map(lambda v: v.replace(f(v)), model, is_leaf=is_variable)
 
 
-def _muon(config: OptimizerConfig, model: Any) -> optax.GradientTransformation:
-    def matrix_axes(v: nnx.Variable) -> MuonDimensionNumbers | None:
-        """Which axes of a layer's matrix are inputs and outputs; the others are batches of it."""
-        metadata = v.get_metadata()
-        n_in, n_out = metadata.get("matrix", (0, 0))
-        if not n_in or {"vocab", "experts"} & set(metadata["axes"]):
-            return None
-        ndim = len(v.get_value().shape)
-        outs = tuple(range(ndim - n_out, ndim))
-        return MuonDimensionNumbers(tuple(range(ndim - n_out - n_in, ndim - n_out)), outs)
+def _scale_each(factor: Callable[[nnx.Variable], float]) -> optax.GradientTransformation:
+    """Multiplies every update by the `factor` of its variable."""
 
-    dimensions = _map_variables(matrix_axes, model)
+    def update(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(
+            lambda v: v.replace(v.get_value() * factor(v)), updates, is_leaf=is_variable
+        )
+
+    return optax.stateless(update)
+
+
+def _update_factor(optimizer: str, v: nnx.Variable) -> float:
+    scale = update_scale(v)
+    return scale.muon if optimizer == "muon" and _muon_axes(v) is not None else scale.adam
+
+
+def _muon_axes(v: nnx.Variable) -> MuonDimensionNumbers | None:
+    """Which axes of a layer's matrix are inputs and outputs; the others are batches of it."""
+    metadata = v.get_metadata()
+    n_in, n_out = metadata.get("matrix", (0, 0))
+    if not n_in or {"vocab", "experts"} & set(metadata["axes"]):
+        return None
+    ndim = len(v.get_value().shape)
+    outs = tuple(range(ndim - n_out, ndim))
+    return MuonDimensionNumbers(tuple(range(ndim - n_out - n_in, ndim - n_out)), outs)
+
+
+def _muon(config: OptimizerConfig, model: Any) -> optax.GradientTransformation:
+    dimensions = _map_variables(_muon_axes, model)
     muon = optax.contrib.muon(
         learning_rate=1.0,
         adam_b1=config.b1,

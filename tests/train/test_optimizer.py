@@ -16,6 +16,7 @@ from slm_jax.nn.mlp import MLPConfig
 from slm_jax.nn.module import Buffer, named_leaves, parameter
 from slm_jax.nn.moe import MoEConfig
 from slm_jax.nn.norm import NormConfig
+from slm_jax.nn.parametrization import UpdateScale, update_scale
 from slm_jax.nn.ssm import MambaConfig
 from slm_jax.parallel import MeshConfig, make_mesh, shardings
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -254,3 +255,79 @@ def test_muon_is_the_same_on_a_mesh() -> None:
     assert places == {NamedSharding(mesh, P(None, "fsdp", "tensor", None))}
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
     np.testing.assert_allclose(values(got)["q"], values(want)["q"], rtol=1e-4, atol=1e-5)
+
+
+def scaled_leaves(fill: Any) -> dict[str, Any]:
+    """A hidden matrix, a router and a norm with multipliers; `fill(shape)` is the value."""
+    tree = {
+        "w": parameter(fill((3, 4)), ("embed", "mlp"), matrix=(1, 1)),
+        "router": parameter(fill((3, 2)), ("embed", "experts"), matrix=(1, 1)),
+        "norm": parameter(fill((4,)), (None,), decay=False),
+    }
+    scales = (UpdateScale(0.25, 0.5, 0.125), UpdateScale(0.25, 0.25, 0.125), UpdateScale(eps=0.5))
+    for leaf, scale in zip(tree.values(), scales, strict=True):
+        leaf.set_metadata(update_scale=scale)
+    return tree
+
+
+def plain_leaves(tree: dict[str, Any]) -> dict[str, Any]:
+    copy = jax.tree.map(lambda x: x, tree)
+    for leaf in copy.values():
+        leaf.del_metadata("update_scale")
+    return copy
+
+
+def scaled_case() -> tuple[dict[str, Any], dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    model, grads = (
+        scaled_leaves(lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32))
+        for _ in range(2)
+    )
+    return model, grads
+
+
+def test_adam_multiplies_direction_and_eps_but_not_the_decay() -> None:
+    model, grads = scaled_case()
+    config = OptimizerConfig("adamw", eps=0.1, weight_decay=0.5, clip_norm=None)
+    got = values(first_update(config, grads, model))
+    for name, leaf in model.items():
+        scale = update_scale(leaf)
+        g = np.asarray(grads[name][...], np.float64)
+        # In the first step both moments, made unbiased, are those of this gradient alone.
+        want = scale.adam * g / (np.abs(g) + 0.1 * scale.eps)
+        if name != "norm":
+            want = want + 0.5 * np.asarray(leaf[...])
+        np.testing.assert_allclose(got[name], want, rtol=1e-5, err_msg=name)
+
+
+def test_lion_multiplies_the_sign() -> None:
+    model, grads = scaled_case()
+    config = OptimizerConfig("lion", weight_decay=0.5, clip_norm=None)
+    got = values(first_update(config, grads, model))
+    for name, leaf in model.items():
+        want = update_scale(leaf).adam * np.sign(np.asarray(grads[name][...]))
+        if name != "norm":
+            want = want + 0.5 * np.asarray(leaf[...])
+        np.testing.assert_allclose(got[name], want, rtol=1e-6, err_msg=name)
+
+
+def test_muon_multiplies_its_matrices_by_their_own_factor() -> None:
+    model, grads = scaled_case()
+    config = OptimizerConfig("muon", weight_decay=0.0, clip_norm=None)
+    got = values(first_update(config, grads, model))
+    plain = values(first_update(config, plain_leaves(grads), plain_leaves(model)))
+    for name, factor in {"w": 0.5, "router": 0.25, "norm": 1.0}.items():
+        np.testing.assert_allclose(got[name], factor * plain[name], rtol=1e-4, err_msg=name)
+
+
+def test_without_multipliers_the_rule_has_no_part_for_them() -> None:
+    """A checkpoint's optimiser state is laid out as it was before there were any."""
+    model, _ = scaled_case()
+    plain = plain_leaves(model)
+    base = plain_leaves(model)
+    for leaf in base.values():
+        leaf.set_metadata(update_scale=UpdateScale())
+    config = OptimizerConfig()
+    assert len(make_optimizer(config, plain).init(plain)) == 3  # clip, Adam, decay
+    assert len(make_optimizer(config, base).init(base)) == 3
+    assert len(make_optimizer(config, model).init(model)) == 5

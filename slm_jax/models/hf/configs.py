@@ -174,6 +174,11 @@ def config_to_hf(config: LMConfig, model_type: str | None = None) -> dict[str, A
     Raises:
         UserError: if no class, or not the one asked for, computes the same function.
     """
+    if config.mup.base_width is not None:
+        raise UserError(
+            f"mup.base_width={config.mup.base_width}: no class of transformers has its multipliers "
+            "of logits and branches: export a model trained with mup.base_width=None"
+        )
     if model_type is None:
         candidates, verdict = FAMILIES, "no class of transformers computes this model"
     else:
