@@ -19,7 +19,7 @@ STAMP := .venv/.stamp-$(ACCELERATOR)
 JAX_PIN = $(shell sed -n 's/^jax==\([^ ;]*\).*/\1/p' requirements.lock)
 PYTEST := $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo test test-all lint lint-check lock golden golden-env libtpu \
+.PHONY: help setup demo reproduce test test-all lint lint-check lock golden golden-env libtpu \
 	compile-kernels profile-kernels clean uv
 
 help: ## list the targets
@@ -45,6 +45,9 @@ uv:
 demo: $(STAMP) ## train small models of several architectures and compare them
 	@XLA_FLAGS="--xla_force_host_platform_device_count=$(DEVICES)" \
 		$(PYTHON) experiments/ablate_architectures.py $(ARGS)
+
+reproduce: $(STAMP) ## compute published scaling laws again, a verdict each
+	@$(PYTHON) experiments/reproduce_published.py $(ARGS)
 
 test: $(STAMP) libtpu ## run the tests that are not slow
 	@$(PYTEST) -m "not slow" $(ARGS)

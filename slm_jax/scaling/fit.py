@@ -18,6 +18,7 @@ from slm_jax.scaling.search import quasi_newton, variable_projection
 Method = Literal["vpnls", "lse"]
 FORMAT = "slm_jax.scaling.fit/1"
 _UNDETERMINED = 1e8  # condition beyond which rounding alone moves a parameter: 1 / sqrt(epsilon)
+_SHOWN = 5  # left-out rows that a card lists
 _METHODS = {
     "vpnls": "variable projection: a grid over the parameters in which the law is not linear, "
     "non-negative least squares inside, then refinement",
@@ -114,7 +115,7 @@ class Fit:
             *([] if self.determined else ["- **these rows do not determine every parameter**"]),
             f"- format: {FORMAT}",
             *(
-                f"- left out, {len(d.rows)} rows ({d.reason}): {'; '.join(d.rows)}"
+                f"- left out, {len(d.rows)} rows ({d.reason}): {_shown(d.rows)}"
                 for d in self.dropped
             ),
             *([f"- at the bound zero: {', '.join(self.at_zero)}"] if self.at_zero else []),
@@ -296,6 +297,12 @@ def _condition(problem: Problem, law: Law) -> float:
         jac = jac / problem.predict(law)[:, None]
     sizes = np.linalg.svd(jac, compute_uv=False)
     return float(sizes[0] / sizes[-1]) if sizes[-1] > 0 else float("inf")
+
+
+def _shown(rows: Sequence[str]) -> str:
+    """The first rows; `to_json` has all."""
+    more = f"; and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    return "; ".join(rows[:_SHOWN]) + more
 
 
 def _objective(kind: Objective, delta: float) -> str:

@@ -1,6 +1,6 @@
 """The laws, one dataclass each; `LAWS` finds them by name."""
 
-from slm_jax.scaling.laws.base import Columns, Law, Published, math_of
+from slm_jax.scaling.laws.base import Columns, Law, Published
 from slm_jax.scaling.laws.compression import Distillation, Precision, Supervised
 from slm_jax.scaling.laws.data_constrained import DataConstrained
 from slm_jax.scaling.laws.downstream import ExponentialError, SigmoidAccuracy
@@ -73,5 +73,4 @@ __all__ = [
     "StepLawBatch",
     "StepLawLearningRate",
     "Supervised",
-    "math_of",
 ]

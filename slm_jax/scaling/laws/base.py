@@ -153,12 +153,3 @@ class Law:
     def __str__(self) -> str:
         values = ", ".join(f"{name}={value:.5g}" for name, value in self.values.items())
         return f"{self.formula} with {values}"
-
-
-def math_of(*values: Any) -> Any:
-    """`numpy`, or `jax.numpy` if any value is a jax array."""
-    if all(isinstance(v, int | float | complex | np.ndarray | np.generic) for v in values):
-        return np
-    import jax.numpy as jnp
-
-    return jnp
