@@ -6,6 +6,8 @@
 Every architecture is a function of a width; a solver picks the width at which it has the
 parameters (or the FLOPs a token) of the dense reference. Each learning rate of a small grid is
 tried on the first seed, the best one is repeated on the others. Every run resumes where it stopped.
+Dense models of other widths are trained the same way: each architecture's effective size is that of
+the dense model with its loss (`slm_jax.scaling.effective_size`).
 
 Expected at the default size (about 0.4 M parameters, 0.1 M bytes of tinyshakespeare, 2 CPU cores):
 all four at least 0.2 nats a byte below a byte bigram; the scans ahead of attention, as at this
@@ -14,6 +16,7 @@ scale in arXiv 2312.00752 (figure 4). The measured table is in the README.
 Adding a fifth architecture is one line in `ARCHITECTURES`.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -58,6 +61,8 @@ class Ablation:
     """Width of the dense model that sets the size."""
     layers: int = 4
     """Layers of attention or scan with an MLP; Mamba has twice as many, without MLPs."""
+    reference_widths: tuple[int, ...] = (48, 64, 128)
+    """Further widths of the dense model, for the effective sizes; none for no such column."""
     learning_rates: tuple[float, ...] = (1e-2, 3e-2)
     """Grid tried on the first seed."""
     seeds: int = 2
@@ -129,19 +134,22 @@ def solve(
     return best
 
 
+def fitted(config: Ablation, model: LMConfig, vocab_size: int) -> LMConfig:
+    """The model with the vocabulary and the context of the data."""
+    return replace(model, vocab_size=vocab_size, max_seq_len=config.seq_len)
+
+
 def models(config: Ablation, vocab_size: int) -> dict[str, LMConfig]:
     """One model an architecture, all of the size of the dense reference."""
+    fit = functools.partial(fitted, config, vocab_size=vocab_size)
 
     def size(model: LMConfig) -> float:
-        sizes = summary(model, config.seq_len)
+        sizes = summary(fit(model), config.seq_len)
         return sizes.total if config.match == "parameters" else sizes.training_flops
 
-    def fitted(model: LMConfig) -> LMConfig:
-        return replace(model, vocab_size=vocab_size, max_seq_len=config.seq_len)
-
-    target = size(fitted(ARCHITECTURES["dense"](config.width, config.layers, 1.0)))
+    target = size(ARCHITECTURES["dense"](config.width, config.layers, 1.0))
     return {
-        name: fitted(solve(ARCHITECTURES[name], config.layers, lambda m: size(fitted(m)), target))
+        name: fit(solve(ARCHITECTURES[name], config.layers, size, target))
         for name in config.architectures
     }
 
@@ -172,7 +180,7 @@ def measure(
             console.print(f"{name}: {error}")
             return None
         console.print(
-            f"{name:>8}  lr {learning_rate:<7g} seed {seed}  held-out loss "
+            f"{name:>10}  lr {learning_rate:<7g} seed {seed}  held-out loss "
             f"{result.valid_loss:.4f}  {result.tokens_per_second:,.0f} tokens/s",
             highlight=False,
         )
@@ -197,6 +205,21 @@ def measure(
     )
 
 
+def measure_reference(
+    config: Ablation, measured: list[Measured], corpus: Corpus, console: Console
+) -> list[Measured]:
+    """The dense family at several sizes, the one of the comparison among them."""
+    if not config.reference_widths:
+        return []
+    family = [m for m in measured if m.name == "dense"]
+    widths = {*config.reference_widths, config.width} - {m.model.d_model for m in family}
+    for width in sorted(widths):
+        dense_model = ARCHITECTURES["dense"](width, config.layers, 1.0)
+        model = fitted(config, dense_model, corpus.tokenizer.vocab_size)
+        family.append(measure(config, f"dense-d{width}", model, corpus, console))
+    return family
+
+
 def main(config: Ablation) -> None:
     """Runs the ablation and writes its report."""
     console = Console()
@@ -206,7 +229,7 @@ def main(config: Ablation) -> None:
     for name, model in built.items():
         sizes = summary(model, config.seq_len)
         console.print(
-            f"{name:>8}  width {model.d_model:>3} x {model.n_layers} layers  {sizes.total:,} "
+            f"{name:>10}  width {model.d_model:>3} x {model.n_layers} layers  {sizes.total:,} "
             f"parameters  {sizes.training_flops / 1e6:.2f} MFLOP a token",
             highlight=False,
         )
@@ -214,6 +237,7 @@ def main(config: Ablation) -> None:
     write_report(
         config.out,
         measured,
+        reference=measure_reference(config, measured, corpus, console),
         bytes_per_token=corpus.bytes_per_token,
         bigram=bigram,
         console=console,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from slm_jax.cli.show import count
 from slm_jax.models.lm import LMConfig
 from slm_jax.models.presets import state_bytes, summary
+from slm_jax.scaling.effective_size import Reading, Target, draws_at_one_length, effective_size
+from slm_jax.scaling.rows import Rows
+from slm_jax.scaling.study import seed_noise
 from slm_jax.train.experiment import Result
 from slm_jax.train.metrics import bits_per_byte, read_metrics
 
@@ -57,7 +61,38 @@ def interval(values: np.ndarray) -> float:
     return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
-def row(m: Measured, bytes_per_token: float, bigram: float) -> dict[str, Any]:
+def effective_sizes(measured: list[Measured], reference: list[Measured]) -> list[Reading | None]:
+    """Parameters of the dense model that has each architecture's loss after the same tokens.
+
+    `None` without a reference of three sizes, or with one seed: then the noise is not known.
+    """
+    sizes = {m.name: summary(m.model, m.seq_len).total for m in [*measured, *reference]}
+
+    def table(of: list[Measured]) -> Rows:
+        n = np.concatenate([np.full(len(m.losses), sizes[m.name], float) for m in of])
+        d = np.full(len(n), of[0].results[0].tokens, float)
+        loss = np.concatenate([m.losses for m in of])
+        cell = np.repeat(np.arange(len(of)), [len(m.losses) for m in of])
+        return Rows({"N": n, "D": d, "C": 6 * n * d, "loss": loss, "cell": cell})
+
+    everything = measured + [r for r in reference if r not in measured]
+    if len({sizes[m.name] for m in reference}) < 3 or all(len(m.losses) < 2 for m in everything):
+        return [None] * len(measured)
+    noise = seed_noise(table(everything), by=("cell",))
+    laws = draws_at_one_length(table(reference), noise)
+    found: list[Reading | None] = []
+    for m in measured:
+        error = noise * float(m.losses.mean()) / math.sqrt(len(m.losses))
+        target = Target(
+            float(m.losses.mean()), sizes[m.name], m.results[0].tokens, loss_error=error
+        )
+        found.append(effective_size(laws, target, readings=("iso-data size",))["iso-data size"])
+    return found
+
+
+def row(
+    m: Measured, bytes_per_token: float, bigram: float, effective: Reading | None
+) -> dict[str, Any]:
     """Every figure of one architecture, for the table and for report.jsonl."""
     sizes = summary(m.model, m.seq_len)
     loss = float(m.losses.mean())
@@ -75,6 +110,7 @@ def row(m: Measured, bytes_per_token: float, bigram: float) -> dict[str, Any]:
         "seeds": len(m.results),
         "parameters": sizes.total,
         "active_parameters": sizes.active,
+        "effective_size": None if effective is None else asdict(effective),
         "training_flops_per_token": sizes.training_flops,
         "tokens": m.results[0].tokens,
         "tokens_per_second": float(np.median([r.tokens_per_second for r in m.results])),
@@ -86,6 +122,15 @@ def row(m: Measured, bytes_per_token: float, bigram: float) -> dict[str, Any]:
     }
 
 
+def _effective(reading: dict[str, Any] | None) -> str:
+    if reading is None:
+        return "not measured"
+    found = Reading(**reading)
+    if not found.reached:
+        return "out of reach"
+    return "{} ({} to {})".format(*(count(x) for x in (found.median, found.low, found.high)))
+
+
 _QUALITY = (
     ("model", lambda r: r["architecture"]),
     ("nats/token", lambda r: f"{r['loss']:.3f} ± {r['loss_interval']:.3f}"),
@@ -93,6 +138,7 @@ _QUALITY = (
     ("best lr", lambda r: f"{r['best_learning_rate']:g}" + "*" * r["best_at_edge_of_grid"]),
     ("params", lambda r: f"{r['parameters']:,}"),
     ("active", lambda r: f"{r['active_parameters']:,}"),
+    ("= dense of", lambda r: _effective(r["effective_size"])),
 )
 _COST = (
     ("model", lambda r: r["architecture"]),
@@ -109,6 +155,7 @@ def write_report(
     out: Path,
     measured: list[Measured],
     *,
+    reference: list[Measured],
     bytes_per_token: float,
     bigram: float,
     console: Console,
@@ -120,13 +167,17 @@ def write_report(
     Args:
         out: folder.
         measured: one entry an architecture.
+        reference: the dense family at several sizes; empty for no effective sizes.
         bytes_per_token: of the held-out text.
         bigram: held-out loss of a byte bigram, nats a byte.
         console: where the table is printed.
         title: of the report.
         command: what makes this report again.
     """
-    rows = [row(m, bytes_per_token, bigram) for m in measured]
+    rows = [
+        row(m, bytes_per_token, bigram, effective)
+        for m, effective in zip(measured, effective_sizes(measured, reference), strict=True)
+    ]
     rows.sort(key=lambda r: r["loss"])
     (out / "report.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     _plot(out / "report.png", measured, title)
@@ -138,6 +189,14 @@ def write_report(
         "MFLOP/tok is a training step's (3 x forward); peak MB is the compiler's figure for one "
         "step; state is what decoding keeps a row, over the tokens seen.",
     ]
+    if reference:
+        sizes = ", ".join(f"{summary(m.model, m.seq_len).total:,}" for m in reference)
+        losses = ", ".join(f"{m.losses.mean():.3f}" for m in reference)
+        notes.append(
+            "= dense of: parameters of the dense model of this loss after the same tokens (median "
+            f"and 90 % interval), from dense models of {sizes} parameters (loss {losses}); out of "
+            "reach: in more than 5 % of the draws no dense model gets there on these tokens."
+        )
     if any(r["best_at_edge_of_grid"] for r in rows):
         notes.append("* the best learning rate is at the edge of its grid: widen --learning-rates.")
     text = f"# {title}\n\n`{command}`\n"

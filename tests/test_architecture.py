@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "models": {"nn", "parallel"},
     "infer": {"models", "nn"},
     "compress": {"nn"},
-    "train": {"models", "data", "parallel", "nn"},
+    "train": {"models", "data", "parallel", "nn", "scaling"},
     "export": {"models", "compress", "nn"},
     "evaluate": {"infer", "models", "data"},
     "cli": None,

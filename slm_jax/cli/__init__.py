@@ -4,6 +4,7 @@
     slm generate FOLDER [options]     continue prompts with a trained model
     slm presets [--json]              sizes and costs of the named models
     slm flops [PRESET] [options]      where the operations of a model go
+    slm scaling COMMAND [options]     plan, train and fit scaling laws
 
 Exit codes: 0 done, 2 a mistake in what was asked for (one line on stderr), 44 training diverged,
 130 interrupted. `SLM_TRACEBACK=1` shows where a mistake was found.
@@ -18,7 +19,7 @@ from slm_jax.cli.script import guarded, parse, run
 from slm_jax.errors import UserError
 
 # A command's module defines `command(args)`; imported when it is called, for a quick `--help`.
-COMMANDS = ("train", "generate", "presets", "flops")
+COMMANDS = ("train", "generate", "presets", "flops", "scaling")
 
 
 def main(args: Sequence[str] | None = None) -> int:

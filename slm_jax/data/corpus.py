@@ -19,8 +19,8 @@ class DataConfig:
     """What to train on."""
 
     source: str = "tinyshakespeare"
-    """Bundled corpus (tinyshakespeare), a .txt, .txt.gz, .jsonl or .jsonl.gz file, a folder of
-    them, or tfds:NAME."""
+    """Bundled corpus (tinyshakespeare), python-stdlib (the .py files of Python itself), a .txt,
+    .txt.gz, .jsonl or .jsonl.gz file, a folder of them, or tfds:NAME."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Sources with weights (shares of the training rows) in place of the one source."""
     text_field: str = "text"

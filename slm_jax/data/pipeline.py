@@ -129,7 +129,8 @@ def valid_batches(
       corpus: its `valid` streams, one after the other.
       batch_size: rows a batch.
       seq_len: inputs a row.
-      max_tokens: read only so many targets of each stream, from its start.
+      max_tokens: read only so many targets of each stream, in windows spread evenly over it: its
+        start may be one long document that is like no other.
 
     Raises:
       UserError: a size below 1.
@@ -141,10 +142,11 @@ def valid_batches(
     rows = []
     for which, stream in enumerate(corpus.valid):
         n_targets = len(stream.tokens) - 1
-        if max_tokens is not None:
-            n_targets = min(n_targets, max_tokens)
-        first = np.arange(0, n_targets, seq_len, dtype=np.int64)
+        wanted = n_targets if max_tokens is None else min(n_targets, max_tokens)
+        n_windows, n_read = -(-n_targets // seq_len), -(-wanted // seq_len)
+        first = np.arange(n_read, dtype=np.int64) * n_windows // max(n_read, 1) * seq_len
         lengths = np.minimum(n_targets - first, seq_len)
+        lengths = np.diff(np.minimum(np.cumsum(lengths), wanted), prepend=0)
         rows.append(np.stack([np.full_like(first, which), first, lengths], axis=1))
     return ValidBatches(corpus.valid, batch_size, seq_len, np.concatenate(rows))
 

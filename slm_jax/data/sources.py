@@ -94,8 +94,9 @@ def open_source(source: str, text_field: str) -> Source:
     """The source that `source` names.
 
     Args:
-      source: a bundled corpus ("tinyshakespeare"), the path of a .txt, .txt.gz, .jsonl or
-        .jsonl.gz file, a folder of them (all below it, sorted by path), or "tfds:NAME" (tfds.py).
+      source: a bundled corpus ("tinyshakespeare"), "python-stdlib" (stdlib.py), the path of a
+        .txt, .txt.gz, .jsonl or .jsonl.gz file, a folder of them (all below it, sorted by path), or
+        "tfds:NAME" (tfds.py).
       text_field: the field that holds the text of JSON lines and of TFDS examples.
 
     Raises:
@@ -105,6 +106,10 @@ def open_source(source: str, text_field: str) -> Source:
         from slm_jax.data.tfds import TfdsSource  # seconds to import: only for who uses it
 
         return TfdsSource(source.removeprefix("tfds:"), text_field)
+    if source == "python-stdlib":
+        from slm_jax.data.stdlib import stdlib_source  # it needs `Document` of this file
+
+        return stdlib_source()
     if source in BUNDLED:
         return FileSource(source, (BUNDLED[source],), text_field)
     path = Path(source).expanduser()
@@ -116,7 +121,8 @@ def open_source(source: str, text_field: str) -> Source:
     if not path.exists():
         raise UserError(
             f"source={source!r}: no such file or folder (looked at {path.absolute()}) and not a "
-            f'bundled corpus: check the path, or use "tfds:NAME" or {", ".join(BUNDLED)}'
+            f'bundled corpus: check the path, or use "tfds:NAME", "python-stdlib" or '
+            f"{', '.join(BUNDLED)}"
         )
     if _kind(path) not in _KINDS:
         raise UserError(f"source={source!r}: unknown kind of file: use {', '.join(_KINDS)}")

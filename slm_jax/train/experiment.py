@@ -1,6 +1,7 @@
 """A training run of a language model, from one frozen configuration to a folder of results."""
 
 import functools
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ class Experiment:
     """Microbatches a step."""
     ema_decay: float | None = None
     """Also keep, and evaluate, an exponential moving average of the weights."""
+    tail_average: float | None = None
+    """The same, but an average over about the last 1/(1 + this) of the steps so far: 8 is the last
+    ninth. With a constant learning rate it makes a run good at every length."""
     eval_tokens: int | None = None
     """Held-out tokens an evaluation reads; all by default."""
     seed: int = 0
@@ -80,6 +84,13 @@ class Experiment:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} must be between 0 and 1")
+        if self.tail_average is not None and not 0 <= self.tail_average < math.inf:
+            raise UserError(f"tail_average={self.tail_average} must be at least 0: 8 is usual")
+        if self.ema_decay is not None and self.tail_average is not None:
+            raise UserError(
+                f"ema_decay={self.ema_decay} and tail_average={self.tail_average} are both given: "
+                "choose one average"
+            )
         if self.eval_tokens is not None and self.eval_tokens < 1:
             raise UserError(f"eval_tokens={self.eval_tokens} must be at least 1, or None for all")
         if not 0 <= self.seed < 2**32:
@@ -128,13 +139,9 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
             f"model.vocab_size={config.model.vocab_size} is smaller than the "
             f"{corpus.tokenizer.vocab_size} tokens of {corpus.tokenizer.name}: raise it"
         )
-    given = to_json(config) | {
-        "data_fingerprint": corpus.fingerprint,
-        "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
-    }
-    finished = folder.check_folder(config.out, given, free=_FREE, overwrite=config.overwrite)
+    finished = find_result(config, corpus)
     if finished is not None:
-        return Result(**finished)
+        return finished
     batches = train_batches(
         corpus,
         batch_size=config.batch_size,
@@ -146,7 +153,7 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
     mesh = make_mesh(config.mesh)
     program = compile_program(config, mesh)
     # Last: a configuration that cannot run leaves no folder.
-    folder.make_folder(config.out, given, overwrite=config.overwrite)
+    folder.make_folder(config.out, _identity(config, corpus), overwrite=config.overwrite)
     end = train(
         program,
         mesh,
@@ -174,6 +181,25 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
     return result
 
 
+def find_result(config: Experiment, corpus: Corpus) -> Result | None:
+    """The result of a run that is finished; `None` if its folder is free or holds a part of it.
+
+    Raises:
+        UserError: if the folder holds another run, and `config.overwrite` does not allow it.
+    """
+    identity = _identity(config, corpus)
+    found = folder.check_folder(config.out, identity, free=_FREE, overwrite=config.overwrite)
+    return None if found is None else Result(**found)
+
+
+def _identity(config: Experiment, corpus: Corpus) -> dict[str, Any]:
+    """What a run folder says of its run."""
+    return to_json(config) | {
+        "data_fingerprint": corpus.fingerprint,
+        "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
+    }
+
+
 def compile_program(config: Experiment, mesh: Mesh) -> Program:
     """The compiled step of a run; runs that differ in seed or learning rate share it."""
     step = StepConfig(
@@ -181,6 +207,7 @@ def compile_program(config: Experiment, mesh: Mesh) -> Program:
         config.optimizer,
         config.accumulate,
         config.ema_decay,
+        config.tail_average,
     )
     shape = (config.batch_size, config.seq_len)
     ints = [(name, shape, np.int32) for name in ("tokens", "targets", "segments", "positions")]
@@ -274,7 +301,7 @@ def load_model(out: Path, *, ema: bool = False) -> tuple[LM, Experiment]:
         UserError: if there is no run, no checkpoint, or no average of the weights.
     """
     config = load_experiment(out)
-    if ema and config.ema_decay is None:
+    if ema and config.ema_decay is None and config.tail_average is None:
         raise UserError(f"ema=True: the run in {out} keeps no average of its weights")
     abstract = jax.eval_shape(lambda k: LM(config.model, k), jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

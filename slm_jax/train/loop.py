@@ -33,6 +33,8 @@ class LoopConfig:
     """Steps between records."""
     eval_every: int = 0
     """Steps between evaluations on held-out text; 0 is at the end only."""
+    eval_steps: tuple[int, ...] = ()
+    """Further numbers of steps after which to evaluate."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 is at the end only."""
     keep_checkpoints: int = 2
@@ -47,6 +49,10 @@ class LoopConfig:
             raise UserError(
                 f"log_every={self.log_every} and keep_checkpoints={self.keep_checkpoints} must be "
                 "at least 1"
+            )
+        if any(step < 1 for step in self.eval_steps):
+            raise UserError(
+                f"eval_steps={self.eval_steps}: each must be at least 1, the number of steps done"
             )
 
 
@@ -111,6 +117,7 @@ def train(
         else:
             start, state, position = checkpoints.restore(program.state)
             batches.set_state(position)  # type: ignore[attr-defined]
+        chosen = frozenset(config.eval_steps)
         log = MetricLog(folder, first_step=start, wandb=config.wandb, name=name)
         saved = start
         durations: list[float] = []
@@ -157,7 +164,8 @@ def train(
                     settle()
                     pending = (step, metrics)
                     done = step + 1
-                    if done == steps or (config.eval_every and done % config.eval_every == 0):
+                    often = config.eval_every
+                    if done == steps or done in chosen or (often and done % often == 0):
                         settle()
                         evaluation = evaluate(state)
                         check(evaluation, step)

@@ -48,7 +48,7 @@ class TrainState(NamedTuple):
         seed: `[]` uint32, source of all randomness together with `step`.
         model: float32 master weights.
         optimizer: optax state.
-        ema: exponential moving average of the model, or `None`.
+        ema: moving average of the model's weights, or `None`.
         carry: what the task takes from step to step.
     """
 
@@ -67,13 +67,20 @@ class StepConfig(NamedTuple):
         task: model and loss.
         optimizer: update rule without its learning rate.
         accumulate: microbatches a step; their gradients are summed.
-        ema_decay: decay of the weights' moving average, or `None` for no average.
+        ema_decay: decay of an exponential moving average of the weights, or `None`.
+        tail_average: exponent of a polynomial average in its place (`average_rate`), or `None`.
     """
 
     task: Task
     optimizer: OptimizerConfig
     accumulate: int = 1
     ema_decay: float | None = None
+    tail_average: float | None = None
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self.ema_decay is not None or self.tail_average is not None
 
 
 def init_state(config: StepConfig, seed: jax.Array) -> TrainState:
@@ -81,7 +88,7 @@ def init_state(config: StepConfig, seed: jax.Array) -> TrainState:
     model, carry = config.task.init(jax.random.key(seed))
     optimizer = make_optimizer(config.optimizer, model).init(model)
     # A copy: model and average are donated to the step as two buffers.
-    ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, model)
+    ema = jax.tree.map(jnp.copy, model) if config.averages else None
     return TrainState(jnp.zeros((), jnp.int32), seed, model, optimizer, ema, carry)
 
 
@@ -136,19 +143,37 @@ def train_step(
     model = jax.tree.map(lambda p, d: p - learning_rate * d, state.model, direction)
     model = task.after_update(model, aux)
     ema = state.ema
-    if config.ema_decay is not None:
-        ema = _moving_average(state.ema, model, config.ema_decay)
+    if config.averages:
+        ema = _moving_average(state.ema, model, average_rate(config, state.step))
     metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(grads), **aux}
     return TrainState(state.step + 1, state.seed, model, opt_state, ema, carry), metrics
 
 
-def _moving_average(ema: Any, model: Any, decay: float) -> Any:
-    """Decay x ema + (1 - decay) x model for trained weights; buffers are taken as they are."""
+def average_rate(config: StepConfig, step: jax.Array) -> float | jax.Array:
+    """Share of the newest weights in their average.
+
+    With `tail_average` = g it is (g + 1) / (t + g) after t steps: polynomial-decay averaging
+    (Shamir and Zhang, arXiv 1212.1824). The average then holds about the last
+    1 / (g + 1) of the steps at any length, so that under a constant learning rate one run gives
+    the loss of every shorter run.
+
+    Args:
+        config: says which average.
+        step: `[]` int32, steps taken before this one.
+    """
+    if config.tail_average is not None:
+        return (config.tail_average + 1) / (step + 1 + config.tail_average)
+    assert config.ema_decay is not None
+    return 1 - config.ema_decay
+
+
+def _moving_average(ema: Any, model: Any, rate: float | jax.Array) -> Any:
+    """Ema + rate x (model - ema) for trained weights; buffers are taken as they are."""
 
     def one(old: nnx.Variable, new: nnx.Variable) -> nnx.Variable:
         if not isinstance(new, nnx.Param):
             return new
-        return new.replace(jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), old[...], new[...]))
+        return new.replace(jax.tree.map(lambda a, b: a + rate * (b - a), old[...], new[...]))
 
     return jax.tree.map(one, ema, model, is_leaf=is_variable)
 

@@ -156,12 +156,17 @@ def test_valid_pads_what_is_left(make_corpus: MakeCorpus, seq_len: int, batch_si
     assert sum(b["weights"].sum() for b in got) == 161 - len(LENGTHS) + 1
 
 
-def test_valid_stops_at_max_tokens(make_corpus: MakeCorpus) -> None:
-    corpus = make_corpus(LENGTHS, [50])
+def test_valid_reads_max_tokens_spread_over_each_stream(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus(LENGTHS, [50])  # 161 tokens in 20 windows of 8, 50 in 7
     got = list(valid_batches(corpus, batch_size=2, seq_len=8, max_tokens=21))
     real = np.concatenate([b["segments"] for b in got]) > 0
     targets = np.concatenate([b["targets"] for b in got])[real]
-    np.testing.assert_array_equal(targets, [*range(1, 22), *range(1, 22)])
+    windows = [(0, 8), (6, 8), (13, 5), (0, 8), (2, 8), (4, 5)]  # which, targets read
+    want = [8 * w + 1 + i for w, n in windows for i in range(n)]
+    np.testing.assert_array_equal(targets, want)
+    for enough in (160, 1000):  # of the first stream: all of both
+        some = valid_batches(corpus, batch_size=2, seq_len=8, max_tokens=enough)
+        assert_same(list(some), list(valid_batches(corpus, batch_size=2, seq_len=8)))
 
 
 @pytest.mark.parametrize(

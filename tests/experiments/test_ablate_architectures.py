@@ -15,7 +15,7 @@ from slm_jax.train.metrics import read_metrics
 ARGS = [
     *("--architectures", "dense", "mamba", "--width", "32", "--layers", "2"),
     *("--learning-rates", "3e-3", "1e-2", "--steps", "6", "--warmup-steps", "1"),
-    *("--batch-size", "8", "--seq-len", "32", "--loop.quiet"),
+    *("--batch-size", "8", "--seq-len", "32", "--loop.quiet", "--reference-widths", "16", "24"),
 ]
 
 
@@ -66,6 +66,9 @@ def test_ablation_runs_reports_and_resumes(
         assert r["memory_bytes"] > 4 * 3 * r["parameters"]  # weights and two moments at least
         records = read_metrics(Path(r["runs"][0]))
         assert [x["step"] for x in records if "nll" in x] == list(range(6))
+        size = r["effective_size"]
+        assert size["low"] <= size["median"] <= size["high"]
+        assert 0 <= size["unreachable"] <= 1
     dense, mamba = (next(r for r in rows if r["architecture"] == n) for n in ("dense", "mamba"))
     # Keys and values: 2 x layers x heads x width x 4 bytes at any length; a scan's state is fixed.
     assert dense["state_bytes_per_token_1k"] == dense["state_bytes_per_token_32k"] == 2 * 2 * 16 * 4
@@ -76,7 +79,7 @@ def test_ablation_runs_reports_and_resumes(
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
 
     before = {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")}
-    assert len(before) == 6
+    assert len(before) == 12  # two architectures and two further dense sizes, 3 runs each
     capsys.readouterr()
     assert cli.run(ablate.main, ablate.Ablation, args=args) == 0
     assert {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")} == before

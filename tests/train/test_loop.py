@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slm_jax.errors import UserError
 from slm_jax.parallel import make_mesh
 from slm_jax.train.checkpoint import Checkpoints
 from slm_jax.train.loop import CHECKPOINTS_FOLDER, DivergedError, LoopConfig, train
@@ -117,6 +118,15 @@ def test_before_an_evaluation_or_a_checkpoint_all_is_read(tmp_path: Path) -> Non
     assert [r["step"] for r in records if "valid_loss" in r] == [1, 3, 4]
     with Checkpoints(recorder.folder / CHECKPOINTS_FOLDER, read_only=True) as checkpoints:
         assert checkpoints.latest() == 5
+
+
+def test_evaluates_after_chosen_steps(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "run")
+    recorder.train(6, eval_every=4, eval_steps=(1, 4, 9))
+    assert [e for e in recorder.events if "evaluate" in e] == [f"evaluate {n}" for n in (1, 4, 6)]
+    assert [r["step"] for r in read_metrics(recorder.folder) if "valid_loss" in r] == [0, 3, 5]
+    with pytest.raises(UserError, match=r"eval_steps=\(3, 0\): each must be at least 1"):
+        LoopConfig(eval_steps=(3, 0))
 
 
 def test_resumes_at_the_step_and_the_batch(tmp_path: Path) -> None:

@@ -207,6 +207,8 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(
         ({"steps": 0}, "steps=0"),
         ({"accumulate": 0}, "accumulate=0"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"tail_average": -1.0, "ema_decay": None}, "tail_average=-1.0 must be at least 0"),
+        ({"tail_average": 8.0}, "ema_decay=0.9 and tail_average=8.0 are both given"),
         ({"eval_tokens": 0}, "eval_tokens=0"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),

@@ -14,6 +14,7 @@ from slm_jax.nn.mlp import MLPConfig
 from slm_jax.nn.norm import NormConfig
 from slm_jax.parallel import MeshConfig
 from slm_jax.train.experiment import Experiment
+from slm_jax.train.loop import LoopConfig
 from slm_jax.train.optimizer import OptimizerConfig
 from slm_jax.train.serialize import differences, from_json, to_json
 from slm_jax.train.tasks.lm import LMLossConfig
@@ -31,7 +32,7 @@ def test_presets_come_back(name: str) -> None:
 
 def test_experiments_come_back() -> None:
     """Unions (mixers, `channel` or nothing), optional numbers, nested tuples, paths."""
-    plain = Experiment(tiny.model("mamba"))
+    plain = Experiment(tiny.model("mamba"), tail_average=8.0, loop=LoopConfig(eval_steps=(10, 25)))
     full = Experiment(
         tiny.model("hybrid"),
         DataConfig(mixture=(("a.txt", 0.25), ("b c/d.jsonl", 3)), cache_dir="e"),

@@ -1,6 +1,7 @@
 """The step on a task small enough to check by hand, and the balance of experts."""
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,19 @@ def test_update_average_and_buffer() -> None:
         moved.append(float(jnp.abs(model - ema).max()))
         assert int(after.step) == int(before.step) + 1
     np.testing.assert_array_less(0.01, moved)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 3.0])
+def test_tail_average_weighs_the_steps_by_a_polynomial(exponent: float) -> None:
+    """After T steps, step t has the weight of t (t + 1) ... (t + g - 1); with g = 0 the mean."""
+    config = StepConfig(Regression(), OptimizerConfig(clip_norm=None), tail_average=exponent)
+    weights = []
+    for n, (_, after, _) in enumerate(steps(config, 6, regression_batch()), 1):
+        weights.append(np.asarray(after.model["w"].get_value(), np.float64))
+        polynomial = [math.prod(t + k for k in range(int(exponent))) for t in range(1, n + 1)]
+        want = np.average(weights, axis=0, weights=polynomial)
+        np.testing.assert_allclose(after.ema["w"].get_value(), want, rtol=1e-5)
+        assert float(after.ema["worst"].get_value()) == float(after.model["worst"].get_value())
 
 
 def test_every_microbatch_has_noise_of_its_own() -> None:
