@@ -64,9 +64,7 @@ class Curves:
     exponents: ExponentDraws | None
 
     def exponent(self, of: str) -> str:
-        """An exponent of C with its 90 % interval."""
-        if len(self.found.interior) < 2:
-            return "none: fewer than two interior minima"
+        """An exponent of C with its 90 % interval; there must be two interior minima."""
         value = self.found.growth(of).exponent  # type: ignore[arg-type]
         if of == "loss" or self.exponents is None:
             return f"{value:.3f}"
@@ -151,7 +149,7 @@ def write_report(out: Path, trained: Trained, console: Console) -> None:
             continue
         # Curves over all runs: a valley has a side of few tokens, which no fit may use.
         shown = replace(found, curves=both["parabola"].found, exponents=both["parabola"].exponents)
-        studies[family] = replace(shown, rows=rows)
+        studies[family] = replace(shown, rows=mean_of_seeds(rows))
         text.append(study_markdown(replace(found, curves=None), family))
     if len(studies) > 1:
         text.append(_compared(studies, everything, next(iter(trained.budgets))))
@@ -229,11 +227,16 @@ def _minima(family: str, both: Mapping[str, Curves], noise: float | None) -> str
     for method, c in both.items():
         losses = [m.loss for m in c.found.minima]
         falls = all(a > b for a, b in itertools.pairwise(losses))
-        text += (
-            f"\nBy {method}: N* ~ C^{c.exponent('N')}, D* ~ C^{c.exponent('D')}, "
-            f"L* ~ C^{c.exponent('loss')}; L* {'falls' if falls else 'does NOT fall'} with every "
-            "budget.\n"
-        )
+        text += f"\nBy {method}: "
+        if len(c.found.interior) < 2:
+            text += "fewer than two interior minima, no exponent; "
+        else:
+            text += ", ".join(
+                f"{name} ~ C^{c.exponent(of)}"
+                for name, of in (("N*", "N"), ("D*", "D"), ("L*", "loss"))
+            )
+            text += "; "
+        text += f"L* {'falls' if falls else 'does NOT fall'} with every budget.\n"
     return text
 
 
@@ -278,7 +281,6 @@ def _compared(studies: Mapping[str, Study], everything: Rows, reference: str) ->
         return text
     ruler = studies[reference]
     placed = {
-        family: place(ruler.draws, mean_of_seeds(s.rows), loss_error=s.fit.rmse)
-        for family, s in studies.items()
+        family: place(ruler.draws, s.rows, loss_error=s.fit.rmse) for family, s in studies.items()
     }
     return f"{text}\n## Effective size\n\n{effective_size_markdown(placed, reference)}"
