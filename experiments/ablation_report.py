@@ -19,6 +19,7 @@ from slm_jax.cli.show import count
 from slm_jax.models.lm import LMConfig
 from slm_jax.models.presets import state_bytes, summary
 from slm_jax.scaling.effective_size import Reading, Target, draws_at_one_length, effective_size
+from slm_jax.scaling.report import table as markdown_table
 from slm_jax.scaling.rows import Rows
 from slm_jax.scaling.study import seed_noise
 from slm_jax.train.experiment import Result
@@ -209,8 +210,7 @@ def write_report(
         for line in cells:
             table.add_row(*line)
         console.print(table)
-        lines = [[heading for heading, _ in columns], ["---"] * len(columns), *cells]
-        text += f"\n## {name}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        text += f"\n## {name}\n\n{markdown_table([heading for heading, _ in columns], cells)}"
     for note in notes:
         console.print(note, highlight=False)
     text += "\n" + "\n".join(f"- {note}" for note in notes)

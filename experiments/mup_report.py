@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from slm_jax.scaling.report import table as markdown_table
 from slm_jax.train.coordinates import width_exponent
 
 PARAMETRISATIONS = ("standard", "muP")
@@ -155,8 +156,7 @@ def write_report(
         for line in body:
             table.add_row(*line)
         console.print(table)
-        marked = [headings, ["---"] * len(headings), *body]
-        text += f"\n## {name}\n\n" + "".join("| " + " | ".join(m) + " |\n" for m in marked)
+        text += f"\n## {name}\n\n{markdown_table(headings, body)}"
     notes = [
         "Best rate: vertex of the parabola in log rate through the lowest mean loss and its "
         "neighbours; in brackets the vertices of the single seeds. A grid step is one octave.",

@@ -14,6 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from slm_jax.scaling.report import table
+
 
 @dataclass(frozen=True)
 class Check:
@@ -99,18 +101,18 @@ def show(value: float) -> str:
 
 def print_table(checks: Sequence[Check], title: str, screen: Console) -> None:
     """The table on screen, a law's name printed once."""
-    table = Table(title=title)
+    shown = Table(title=title)
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in ("law", "verdict") else "right")
+        shown.add_column(heading, justify="left" if heading in ("law", "verdict") else "right")
     last = ""
     for check in checks:
         cells = check.cells
         if cells[0] == last:
             cells[0] = ""
         elif last:
-            table.add_section()
+            shown.add_section()
         last = check.law
-        table.add_row(*cells)
+        shown.add_row(*cells)
     screen.print(table)
 
 

@@ -1,8 +1,12 @@
 """Tables of runs drawn from known laws."""
 
-import numpy as np
+from collections.abc import Mapping
 
-from slm_jax.scaling.laws import Chinchilla
+import numpy as np
+import pytest
+
+from slm_jax.scaling.fit import fit
+from slm_jax.scaling.laws import LAWS, Chinchilla, Law
 from slm_jax.scaling.rows import Rows
 
 LAW = Chinchilla(E=1.2, A=300.0, B=900.0, alpha=0.45, beta=0.42)
@@ -39,3 +43,12 @@ def csv_text(rows: Rows, names: dict[str, str] | None = None) -> str:
         for i in range(len(rows))
     ]
     return "\n".join(lines) + "\n"
+
+
+def check_recovery(law: Law, columns: Mapping[str, np.ndarray]) -> None:
+    """Fits what the law itself gives: its parameters come back to 1e-6."""
+    inputs = {name: columns[name] for name in law.inputs}
+    found = fit(type(law), Rows({**inputs, law.target: law.predict(columns)}))
+    for name, value in law.values.items():
+        assert found.law.values[name] == pytest.approx(value, rel=1e-6), name
+    assert LAWS[type(law).__name__] is type(law)

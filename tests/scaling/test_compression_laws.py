@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-from slm_jax.scaling.fit import fit
-from slm_jax.scaling.laws import LAWS, Chinchilla
+from slm_jax.scaling.laws import Chinchilla
 from slm_jax.scaling.laws.compression import Distillation, Precision, Supervised
-from slm_jax.scaling.rows import Rows
+from tests.scaling.tables import check_recovery
 
 SUPERVISED = Supervised(1.7, 400.0, 600.0, 0.33, 0.3, 0.9)
 PRECISION = Precision(1.8, 480.0, 2100.0, 0.35, 0.37, 2.5)
@@ -28,11 +27,7 @@ def columns(n=100, seed=0):
 )
 def test_planted_parameters_are_recovered(law):
     table = columns()
-    rows = Rows({k: table[k] for k in law.inputs} | {"loss": law.predict(table)})
-    found = fit(type(law), rows)
-    for name, value in law.values.items():
-        assert found.law.values[name] == pytest.approx(value, rel=1e-6), name
-    assert LAWS[type(law).__name__] is type(law)
+    check_recovery(law, table)
 
 
 def test_many_bits_are_chinchillas_law():

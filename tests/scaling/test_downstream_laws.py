@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from slm_jax.scaling.fit import fit
-from slm_jax.scaling.laws import LAWS
 from slm_jax.scaling.laws.downstream import ExponentialError, SigmoidAccuracy
 from slm_jax.scaling.rows import Rows
+from tests.scaling.tables import check_recovery
 
 SIGMOID = SigmoidAccuracy(floor=0.25, top=0.97, middle=0.75, steepness=6.0)
 
@@ -15,11 +15,7 @@ SIGMOID = SigmoidAccuracy(floor=0.25, top=0.97, middle=0.75, steepness=6.0)
 def test_planted_parameters_are_recovered(law):
     low, high = (0.3, 1.6) if law is SIGMOID else (2.0, 4.5)
     table = {law.inputs[0]: np.random.default_rng(0).uniform(low, high, 60)}
-    rows = Rows(table | {law.target: law.predict(table)})
-    found = fit(type(law), rows)
-    for name, value in law.values.items():
-        assert found.law.values[name] == pytest.approx(value, rel=1e-6), name
-    assert LAWS[type(law).__name__] is type(law)
+    check_recovery(law, table)
 
 
 def test_sigmoid_runs_from_top_to_floor():

@@ -1,10 +1,8 @@
 import numpy as np
 import pytest
 
-from slm_jax.scaling.fit import fit
-from slm_jax.scaling.laws import LAWS
 from slm_jax.scaling.laws.moe import FineGrainedMoE, JointMoE, Routing, saturating_experts
-from slm_jax.scaling.rows import Rows
+from tests.scaling.tables import check_recovery
 
 PLANTED = (
     Routing(-0.09, -0.13, 0.011, 1.2, 2.5, 300.0),
@@ -26,11 +24,7 @@ def columns(n=120, seed=0):
 @pytest.mark.parametrize("law", PLANTED, ids=lambda law: type(law).__name__)
 def test_planted_parameters_are_recovered(law):
     table = columns()
-    rows = Rows({k: table[k] for k in law.inputs} | {"loss": law.predict(table)})
-    found = fit(type(law), rows)
-    for name, value in law.values.items():
-        assert found.law.values[name] == pytest.approx(value, rel=1e-6), name
-    assert LAWS[type(law).__name__] is type(law)
+    check_recovery(law, table)
 
 
 def test_experts_saturate():

@@ -1,10 +1,8 @@
 import numpy as np
 import pytest
 
-from slm_jax.scaling.fit import fit
-from slm_jax.scaling.laws import LAWS
 from slm_jax.scaling.laws.training import TRAINING_RULES
-from slm_jax.scaling.rows import Rows
+from tests.scaling.tables import check_recovery
 
 LEARNING_LAWS = [
     law for rule in TRAINING_RULES.values() for law in (rule.learning_rate, rule.batch)
@@ -16,11 +14,7 @@ def test_planted_parameters_are_recovered(law):
     random = np.random.default_rng(0)
     table = {"N": 10 ** random.uniform(7, 9.5, 40), "D": 10 ** random.uniform(9, 11.5, 40)}
     table["C"] = 6 * table["N"] * table["D"]
-    rows = Rows({k: table[k] for k in law.inputs} | {law.target: law.predict(table)})
-    found = fit(type(law), rows)
-    for name, value in law.values.items():
-        assert found.law.values[name] == pytest.approx(value, rel=1e-6), name
-    assert LAWS[type(law).__name__] is type(law)
+    check_recovery(law, table)
 
 
 def test_rules_give_rates_and_batches_of_the_papers():
