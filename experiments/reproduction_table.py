@@ -113,14 +113,13 @@ def print_table(checks: Sequence[Check], title: str, screen: Console) -> None:
             shown.add_section()
         last = check.law
         shown.add_row(*cells)
-    screen.print(table)
+    screen.print(shown)
 
 
 def markdown(checks: Sequence[Check]) -> str:
     """The table in Markdown, with sources."""
-    lines = [[*HEADINGS, "source"], ["---"] * (len(HEADINGS) + 1)]
-    lines += [[c.replace("|", "/") for c in (*check.cells, check.source)] for check in checks]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    cells = [[c.replace("|", "/") for c in (*check.cells, check.source)] for check in checks]
+    return table((*HEADINGS, "source"), cells)
 
 
 def summary(checks: Sequence[Check]) -> str:
