@@ -179,7 +179,10 @@ def test_reproduce_writes_one_table(tmp_path, capsys):
     assert not any("not understood" in x["verdict"] for x in lines)
     assert (tmp_path / "report.md").read_text().count("\n| ") == len(lines) + 2
     assert (tmp_path / "report.png").stat().st_size > 10_000
-    assert "numbers reproduced" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "numbers reproduced" in shown
+    assert all(law.split()[0] in shown for law in laws)
+    assert shown.count("reproduced") > len(lines) / 2
 
 
 def test_published_routing_constants_have_a_source():
