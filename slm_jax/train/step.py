@@ -25,11 +25,13 @@ Batch = Mapping[str, jax.Array]
 # is `fold_in(key, i)`.
 _NOISE = 1 << 31
 
-# Matrix products by oneDNN: a step is 1.1 times faster than with XLA's own choice (AVX-512).
+# Matrix products by oneDNN, each by itself: a step is 1.1 times faster than with XLA's own choice
+# (AVX-512). With LIBRARY_FUSION_TYPE_DOT, which fuses what follows a product too and is no faster,
+# jaxlib 0.12 gives wrong results: x @ w * s by orders of magnitude.
 ON_CPU: dict[str, bool | int | str] = (
     {
         "xla_cpu_use_onednn": True,
-        "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+        "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
         "xla_cpu_prefer_vector_width": 512,
     }
     if platform.machine() in ("x86_64", "AMD64")

@@ -189,3 +189,32 @@ def test_another_rule_table_is_another_program(monkeypatch: pytest.MonkeyPatch) 
             step.compile_step(config, make_mesh(), ())
     assert asked[0] == asked[1]
     assert asked[0] != asked[2]
+
+
+@pytest.mark.parametrize("shape", [(16, 576, 7), (64, 576, 32), (16, 16, 2), (128, 512, 256)])
+def test_the_compiler_options_for_cpus_give_right_products(shape: tuple[int, int, int]) -> None:
+    """Some fuse what follows a product and get it wrong by orders of magnitude."""
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    x, w, y = (rng.standard_normal(s) for s in ((m, k), (k, n), (m, n)))
+    scale = 1 / 16
+
+    def parts(x: Any, w: Any, y: Any, scale: Any, xp: Any) -> dict[str, Any]:
+        z = x @ w
+        return {
+            "scaled": z * scale,
+            "divided": z / 3.0,
+            "moment": 0.9 * y + 0.1 * (z * scale),
+            "difference": y - z,
+            "sum": y + z,
+            "relu": xp.maximum(z, 0.0),
+            "exp": xp.exp(z * 0.01),
+            "square": xp.sum((z * scale) ** 2),
+        }
+
+    args = [np.float32(a) for a in (x, w, y, scale)]
+    compiled = jax.jit(lambda *a: parts(*a, jnp)).lower(*args).compile(step.ON_CPU)
+    want = parts(x, w, y, scale, np)
+    for name, value in compiled(*args).items():
+        error = np.abs(value - want[name]).max() / np.abs(want[name]).max()
+        assert error < 1e-5, (name, error)
