@@ -160,6 +160,7 @@ class Attention(nnx.Module):
         positions: jax.Array,
         segments: jax.Array | None,
         state: KVCache | None = None,
+        causal: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
         """Mixes tokens.
 
@@ -169,6 +170,7 @@ class Attention(nnx.Module):
             segments: `[B, S]` int32, 0 = padding; `None` = one document a row. With a state a
                 row is one document and only padding is read from it.
             state: cache to extend, or `None` in training.
+            causal: hide later tokens; false only without a state.
 
         Returns:
             `[B, S, embed]` and the extended cache (`None` without one).
@@ -191,7 +193,8 @@ class Attention(nnx.Module):
                 kv_positions=positions,
                 q_segments=segments,
                 kv_segments=segments,
-                in_order=True,
+                causal=causal,
+                in_order=causal,
                 window=c.window,
                 softcap=c.softcap,
                 scale=c.scale,

@@ -163,11 +163,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Looks tokens up: `[B, S]` int32 to `[B, S, embed]` in `dtype`."""
-        if not has_mesh():
-            return self.w[...].astype(dtype)[tokens]
-        # Fully gathered first: the backward of a lookup in a split table makes XLA replicate it.
-        table = jax.reshard(self.w[...].astype(dtype), P(None, None))
-        return table.at[tokens].get(out_sharding=P(*lead_spec(tokens, tokens.ndim), None))
+        return look_up(self.w[...].astype(dtype), tokens)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits of a tied head: `[B, S, embed]` to `[B, S, vocab]` in float32."""
@@ -184,6 +180,15 @@ class Embedding(nnx.Module):
             out_sharding=_split(*lead[: rows.ndim - 1], vocab),
         )
         return jnp.reshape(y, (*x.shape[:-1], w.shape[0]), out_sharding=_split(*lead, vocab))
+
+
+def look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of a table: `[n, embed]` and `[...]` int32 to `[..., embed]`, split as `rows` is."""
+    if not has_mesh():
+        return table[rows]
+    # Fully gathered first: the backward of a lookup in a split table makes XLA replicate it.
+    table = jax.reshard(table, P(None, None))
+    return table.at[rows].get(out_sharding=P(*lead_spec(rows, rows.ndim), None))
 
 
 def _split(*entries: Any) -> P | None:

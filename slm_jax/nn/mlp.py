@@ -46,15 +46,32 @@ class MLPConfig:
 class MLP(nnx.Module):
     """Dense feed-forward layer."""
 
-    def __init__(self, config: MLPConfig, d_model: int, *, key: jax.Array, out_std: float) -> None:
-        sizes = {"embed": d_model, "mlp": config.d_ff}
+    def __init__(
+        self,
+        config: MLPConfig,
+        d_model: int,
+        *,
+        key: jax.Array,
+        out_std: float,
+        axis: str = "embed",
+    ) -> None:
+        """Initialises the matrices.
+
+        Args:
+            config: hidden width and activation.
+            d_model: width of the input.
+            key: PRNG key.
+            out_std: standard deviation of the output matrix.
+            axis: logical name of the axis that is mixed.
+        """
+        sizes = {axis: d_model, "mlp": config.d_ff}
         kg, ku, kd = jax.random.split(key, 3)
         self.config = config
-        self.up = Linear("embed -> mlp", sizes, key=ku, bias=config.bias)
+        self.up = Linear(f"{axis} -> mlp", sizes, key=ku, bias=config.bias)
         self.gate = (
-            Linear("embed -> mlp", sizes, key=kg, bias=config.bias) if config.gated else None
+            Linear(f"{axis} -> mlp", sizes, key=kg, bias=config.bias) if config.gated else None
         )
-        self.down = Linear("mlp -> embed", sizes, key=kd, bias=config.bias, std=out_std)
+        self.down = Linear(f"mlp -> {axis}", sizes, key=kd, bias=config.bias, std=out_std)
 
     def __call__(
         self, x: jax.Array, *, segments: jax.Array | None, key: jax.Array | None = None

@@ -14,6 +14,14 @@ class Buffer(nnx.Variable):
     """An array that belongs to the model but is not trained by gradient (router bias, y/z init)."""
 
 
+class SparseTable(nnx.Variable):
+    """A table of which a step reads few rows (puzzle embeddings): `[rows, embed]`.
+
+    Trained, but by a rule of its own (`slm_jax.train.optimizer`) on the rows that were read; not
+    averaged, and not counted among the parameters.
+    """
+
+
 def is_variable(node: Any) -> bool:
     """Whether `node` is a leaf of a model; for `is_leaf=` of `jax.tree.map`."""
     return isinstance(node, nnx.Variable)

@@ -39,6 +39,8 @@ RULES: dict[str, MeshAxes] = {
     "conv": None,
     "dt_rank": None,
     "layer": None,
+    "slots": None,
+    "halt": None,
 }
 
 _overrides: contextvars.ContextVar[Mapping[str, MeshAxes]] = contextvars.ContextVar(

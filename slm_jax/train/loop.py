@@ -1,5 +1,6 @@
 """The one loop: batches in, metrics out one step late, checkpoints now and then."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,13 +63,34 @@ class Finished(NamedTuple):
     Attributes:
         state: the last state.
         evaluation: what `evaluate` returned for it.
-        tokens_per_second: median over the steps of this process, evaluation left out; 0 if it
-            ran fewer than three steps.
+        per_second: tokens, or what `train` counted; median over the steps of this process,
+            evaluation left out; 0 if it ran fewer than three steps.
     """
 
     state: TrainState
     evaluation: dict[str, float]
-    tokens_per_second: float
+    per_second: float
+
+
+class Count(NamedTuple):
+    """What the speed of a run is measured in.
+
+    Attributes:
+        unit: plural name, for the log (`{unit}_per_second`).
+        array: array of the batch to count in.
+        dims: how many of its dimensions are counted: 1 is rows, 2 the tokens of rows.
+    """
+
+    unit: str = "tokens"
+    array: str = "tokens"
+    dims: int = 2
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> int:
+        """How many there are in a host batch."""
+        return math.prod(batch[self.array].shape[: self.dims])
+
+
+TOKENS = Count()
 
 
 def train(
@@ -84,6 +106,8 @@ def train(
     config: LoopConfig,
     evaluate: Callable[[TrainState], dict[str, float]],
     derive: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values,
+    table_schedule: ScheduleConfig | None = None,
+    count: Count = TOKENS,
 ) -> Finished:
     """Trains from the newest checkpoint in `folder`, or from the beginning.
 
@@ -102,6 +126,9 @@ def train(
         config: intervals of logging, evaluation and checkpoints.
         evaluate: maps a state to numbers for the log.
         derive: adds quantities (bits per byte, MFU) to a step's record.
+        table_schedule: learning rate of sparse tables, exactly if the program was compiled with
+            an `OptimizerConfig.table_decay`.
+        count: what the speed is measured in.
 
     Raises:
         DivergedError: if a loss, a gradient norm or what `evaluate` returned is not finite; the
@@ -121,7 +148,7 @@ def train(
         log = MetricLog(folder, first_step=start, wandb=config.wandb, name=name)
         saved = start
         durations: list[float] = []
-        tokens = 0
+        counted = 0
         pending: tuple[int, dict[str, jax.Array]] | None = None
         clock = time.perf_counter()
 
@@ -145,21 +172,29 @@ def train(
             now = time.perf_counter()
             durations.append(now - clock)
             clock = now
-            rate = tokens / float(np.median(durations[-20:]))
+            rate = counted / float(np.median(durations[-20:]))
             check({"loss": loss, "grad_norm": norm}, step)
             if step % config.log_every == 0 or step == steps - 1:
                 values: dict[str, Any] = {k: np.asarray(v) for k, v in metrics.items()}
-                values |= {"learning_rate": schedule(step, steps), "tokens_per_second": rate}
+                values |= {
+                    "learning_rate": schedule(step, steps),
+                    f"{count.unit}_per_second": rate,
+                }
+                if table_schedule is not None:
+                    values["table_learning_rate"] = table_schedule(step, steps)
                 log.write(step, derive(values))
             progress.update(step + 1, loss, rate)
 
         try:
-            with TrainProgress(name, first_step=start, steps=steps, quiet=config.quiet) as progress:
+            with TrainProgress(
+                name, first_step=start, steps=steps, quiet=config.quiet, unit=count.unit
+            ) as progress:
                 evaluation: dict[str, float] = {}
                 for step in range(start, steps):
                     host = next(batches)
-                    tokens = host["tokens"].size * jax.process_count()
-                    learning_rate = np.float32(schedule(step, steps))
+                    counted = count(host) * jax.process_count()
+                    rates = [s(step, steps) for s in (schedule, table_schedule) if s is not None]
+                    learning_rate = np.array(rates if table_schedule else rates[0], np.float32)
                     state, metrics = program.step(state, shard_batch(host, mesh), learning_rate)
                     settle()
                     pending = (step, metrics)
@@ -183,5 +218,5 @@ def train(
         finally:
             log.close()
     steady = durations[1:]
-    rate = tokens / float(np.median(steady)) if len(steady) > 1 else 0.0
+    rate = counted / float(np.median(steady)) if len(steady) > 1 else 0.0
     return Finished(state, evaluation, rate)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from slm_jax.errors import UserError
-from slm_jax.nn.module import is_variable, named_leaves
+from slm_jax.nn.module import SparseTable, is_variable, named_leaves
 from slm_jax.nn.parametrization import UpdateScale, update_scale
 from slm_jax.parallel.rules import has_mesh
 
@@ -21,10 +22,10 @@ from slm_jax.parallel.rules import has_mesh
 class OptimizerConfig:
     """Everything about the update but its size (`ScheduleConfig`)."""
 
-    name: Literal["adamw", "muon", "lion"] = "adamw"
-    """adamw, lion (arXiv 2302.06675), or muon: orthogonalised momentum for the matrices of the
-    layers, scaled to Adam's update size (arXiv 2502.16982), Adam with Nesterov's look-ahead for
-    the rest."""
+    name: Literal["adamw", "adam_atan2", "muon", "lion"] = "adamw"
+    """adamw, adam_atan2 (arXiv 2407.05872, as TRM's authors run it), lion (arXiv 2302.06675), or
+    muon: orthogonalised momentum for the matrices of the layers, scaled to Adam's update size
+    (arXiv 2502.16982), Adam with Nesterov's look-ahead for the rest."""
     weight_decay: float = 0.1
     """Decoupled, times the learning rate; never on norms, biases, A_log, D or dt bias."""
     b1: float = 0.9
@@ -32,9 +33,12 @@ class OptimizerConfig:
     b2: float = 0.95
     """Decay of the second moment (Lion: of the momentum)."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment (adam_atan2 has none)."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; larger ones are scaled down."""
+    table_decay: float | None = None
+    """Weight decay of sparse tables (puzzle embeddings), which sign-SGD moves at a learning rate
+    of their own; `None` for models without any."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +87,44 @@ def make_optimizer(config: OptimizerConfig, model: Any) -> optax.GradientTransfo
 
     Returns:
         An optax transformation whose updates are `direction + weight_decay * parameter`, with
-        the direction of each weight times its `slm_jax.nn.parametrization.UpdateScale`.
+        the direction of each weight times its `slm_jax.nn.parametrization.UpdateScale`. Sparse
+        tables are left to `_table_rule`: neither clipped nor counted in the norm that clips.
+
+    Raises:
+        UserError: if the model has sparse tables and `table_decay` is not given.
     """
+    dense = _dense_rule(config, model)
+    if not any(isinstance(v, SparseTable) for v in named_leaves(model).values()):
+        return dense
+    if config.table_decay is None:
+        raise UserError(
+            "table_decay=None: the model has puzzle embeddings, so give their weight decay "
+            "(0.1 in the paper's ARC runs)"
+        )
+    tables = _map_variables(lambda v: isinstance(v, SparseTable), model)
+    others = _map_variables(lambda v: not isinstance(v, SparseTable), model)
+    # In functions: a module can be called, and optax calls what can be called.
+    return optax.chain(
+        optax.masked(dense, lambda _: others),
+        optax.masked(_table_rule(config.table_decay), lambda _: tables),
+    )
+
+
+def _dense_rule(config: OptimizerConfig, model: Any) -> optax.GradientTransformation:
+    """The rule of everything but sparse tables."""
     decayed = _map_variables(
         lambda v: isinstance(v, nnx.Param) and v.get_metadata().get("decay", True), model
     )
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     scaled = any(update_scale(v) != UpdateScale() for v in named_leaves(model).values())
-    if scaled and config.name != "lion":
+    if scaled and config.name not in ("lion", "adam_atan2"):
         # Adam of g / s is Adam of g with an eps of s x eps.
         parts.append(_scale_each(lambda v: 1 / update_scale(v).eps))
     match config.name:
         case "adamw":
             parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+        case "adam_atan2":
+            parts.append(_scale_by_adam_atan2(config.b1, config.b2))
         case "lion":
             parts.append(optax.scale_by_lion(config.b1, config.b2))
         case "muon":
@@ -104,6 +133,45 @@ def make_optimizer(config: OptimizerConfig, model: Any) -> optax.GradientTransfo
         parts.append(_scale_each(functools.partial(_update_factor, config.name)))
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     return optax.chain(*parts)
+
+
+def _scale_by_adam_atan2(b1: float, b2: float) -> optax.GradientTransformation:
+    """atan2(m, sqrt(v) / sqrt(1 - b2^t)) / (1 - b1^t): Adam without eps (arXiv 2407.05872).
+
+    As in the package that TRM's authors use: the correction of the first moment stands outside
+    the arc tangent, and there is no factor 4/pi.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, grads)
+        first = 1 / (1 - b1**count)
+        second = jax.lax.rsqrt(1 - b2**count)
+        direction = jax.tree.map(lambda m, v: first * jnp.arctan2(m, jnp.sqrt(v) * second), mu, nu)
+        return direction, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _table_rule(decay: float) -> optax.GradientTransformation:
+    """sign(g) + decay x p on the rows that were read, nothing on the others; no state.
+
+    A row was read if any of its gradient is not zero: gradients of tables are kept dense.
+    """
+
+    def one(g: jax.Array, p: jax.Array) -> jax.Array:
+        read = jnp.max(jnp.abs(g), axis=-1, keepdims=True) > 0
+        return jnp.where(read, jnp.sign(g) + decay * p, 0.0)
+
+    def update(grads: Any, params: Any = None) -> Any:
+        return jax.tree.map(one, grads, params)
+
+    return optax.stateless(update)
 
 
 def _map_variables(f: Any, model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: step, loss, tokens/s, time left."""
+"""What a person sees while a run goes on: step, loss, speed, time left."""
 
 import time
 from types import TracebackType
@@ -14,8 +14,16 @@ _LINE_EVERY = 15.0
 class TrainProgress:
     """A live bar on a terminal, a line now and then elsewhere; a context manager."""
 
-    def __init__(self, name: str, *, first_step: int, steps: int, quiet: bool = False) -> None:
-        self._name, self._steps = name, steps
+    def __init__(
+        self,
+        name: str,
+        *,
+        first_step: int,
+        steps: int,
+        quiet: bool = False,
+        unit: str = "tokens",
+    ) -> None:
+        self._name, self._steps, self._unit = name, steps, unit
         self._console = Console()
         self._quiet = quiet
         self._last_line = time.monotonic()
@@ -44,9 +52,9 @@ class TrainProgress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, done: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, done: int, loss: float, per_second: float) -> None:
         """Shows that `done` steps are behind us."""
-        facts = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        facts = f"loss {loss:.4f}  {per_second:,.0f} {self._unit}/s"
         self._bar.update(self._task, completed=done, facts=facts)
         now = time.monotonic()
         plain = not self._quiet and not self._console.is_terminal

@@ -12,10 +12,11 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from slm_jax.errors import UserError
-from slm_jax.nn.module import is_variable
-from slm_jax.parallel.rules import current_rules, shardings, spec
+from slm_jax.nn.module import SparseTable, is_variable
+from slm_jax.parallel.rules import current_rules, has_mesh, lead_spec, shardings, spec
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.task import Task
 
@@ -51,7 +52,7 @@ class TrainState(NamedTuple):
         model: float32 master weights.
         optimizer: optax state.
         ema: moving average of the model's weights, or `None`.
-        carry: what the task takes from step to step.
+        carry: what the task takes from step to step, `[B, ...]`: row r is of row r of the batch.
     """
 
     step: jax.Array
@@ -104,7 +105,7 @@ def train_step(
         state: the state before.
         batch: arrays `[B, ...]`; microbatch i holds rows i, i + accumulate, ..., so that each
             device keeps its own rows.
-        learning_rate: `[]` float32.
+        learning_rate: `[]` float32, or `[2]`: of the weights, and of sparse tables.
 
     Returns:
         The state after, and the step's metrics: `loss` (the task's, balance terms included),
@@ -123,18 +124,29 @@ def train_step(
         (total, (weight, aux, carry)), grads = gradient(state.model, batch, state.carry, key)
     else:
         n = config.accumulate
-        micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1), batch)
+
+        def split(x: jax.Array) -> jax.Array:
+            places = P(*lead_spec(x, 1)) if has_mesh() else None
+            rows = jnp.reshape(x, (-1, n, *x.shape[1:]), out_sharding=places)
+            return jnp.swapaxes(rows, 0, 1)
+
+        def whole(x: jax.Array) -> jax.Array:
+            rows = jnp.swapaxes(x, 0, 1)
+            places = P(*lead_spec(rows, 1)) if has_mesh() else None
+            return jnp.reshape(rows, (-1, *x.shape[2:]), out_sharding=places)
 
         def body(sums: Any, xs: Any) -> tuple[Any, Any]:
-            grads, total, weight, carry = sums
-            batch, key = xs
-            (t, (w, aux, carry)), g = gradient(state.model, batch, carry, key)
-            return (jax.tree.map(jnp.add, grads, g), total + t, weight + w, carry), (w, aux)
+            grads, total, weight = sums
+            (t, (w, aux, carry)), g = gradient(state.model, *xs)
+            return (jax.tree.map(jnp.add, grads, g), total + t, weight + w), (w, aux, carry)
 
         zeros = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros(()), jnp.zeros(()))
-        (grads, total, weight, carry), (weights, auxes) = jax.lax.scan(
-            body, (*zeros, state.carry), (micro, jax.random.split(key, n))
+        (grads, total, weight), (weights, auxes, carries) = jax.lax.scan(
+            body,
+            zeros,
+            (*jax.tree.map(split, (batch, state.carry)), jax.random.split(key, n)),
         )
+        carry = jax.tree.map(whole, carries)
         share = weights / jnp.maximum(weight, 1.0)
         aux = jax.tree.map(lambda a: jnp.tensordot(share, a, 1), auxes)
 
@@ -142,7 +154,13 @@ def train_step(
     grads = jax.tree.map(lambda g: g * scale, grads)
     optimizer = make_optimizer(config.optimizer, state.model)
     direction, opt_state = optimizer.update(grads, state.optimizer, state.model)
-    model = jax.tree.map(lambda p, d: p - learning_rate * d, state.model, direction)
+    rate, table_rate = learning_rate if learning_rate.ndim else (learning_rate, learning_rate)
+
+    def moved(old: nnx.Variable, d: nnx.Variable) -> nnx.Variable:
+        own = table_rate if isinstance(old, SparseTable) else rate
+        return jax.tree.map(lambda p, d: p - own * d, old, d)
+
+    model = jax.tree.map(moved, state.model, direction, is_leaf=is_variable)
     model = task.after_update(model, aux)
     ema = state.ema
     if config.averages:
@@ -185,14 +203,15 @@ class Program(NamedTuple):
 
     Attributes:
         init: compiled `seed -> TrainState`.
-        step: compiled `(state, batch, learning_rate) -> (state, metrics)`; donates the state.
+        step: compiled `(state, batch, learning_rate) -> (state, metrics)`; donates the state. The
+            learning rate is `[2]` if `OptimizerConfig.table_decay` is given, else `[]`.
         state: abstract state with shardings, for restoring.
         compile_seconds: wall time of tracing and compiling the step.
         memory_bytes: arguments, results and temporaries of the step on one device.
     """
 
     init: Callable[[np.uint32], TrainState]
-    step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, dict[str, jax.Array]]]
+    step: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]
     state: TrainState
     compile_seconds: float
     memory_bytes: int
@@ -234,15 +253,18 @@ def _compile(
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
         init = functools.partial(init_state, config)
         abstract = jax.eval_shape(init, seed)
-        places = shardings(abstract, mesh)
+        places = shardings(abstract, mesh)._replace(
+            carry=jax.tree.map(lambda _: rows, abstract.carry)
+        )
         state = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places
         )
         on_cpu = mesh.devices.flat[0].platform == "cpu"
+        rates = () if config.optimizer.table_decay is None else (2,)
         start = time.perf_counter()
         compiled = (
             jax.jit(functools.partial(train_step, config), donate_argnums=0)
-            .lower(state, inputs, jax.ShapeDtypeStruct((), jnp.float32))
+            .lower(state, inputs, jax.ShapeDtypeStruct(rates, jnp.float32))
             .compile(ON_CPU if on_cpu else None)
         )
         seconds = time.perf_counter() - start

@@ -22,7 +22,11 @@ class Task(Protocol):
     """A frozen, hashable dataclass; one compiled step serves all runs with an equal task."""
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """The model, and the carry (any pytree; `()` if nothing lives from step to step)."""
+        """The model, and the carry; `()` if nothing lives from step to step.
+
+        The carry is arrays `[B, ...]`, split over devices and microbatches as the batch is: a row
+        of the batch meets its own row.
+        """
         ...
 
     def loss(

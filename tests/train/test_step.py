@@ -27,14 +27,14 @@ ROWS = 12
 
 @dataclass(frozen=True)
 class Regression:
-    """Weighted least squares; the carry holds the keys of the last two microbatches."""
+    """Weighted least squares; the carry holds the key that each row was last given."""
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         model = {
             "w": parameter(jax.random.normal(key, (3,)), (None,)),
             "worst": Buffer(jnp.zeros(()), axes=()),
         }
-        return model, jnp.zeros((2, 2), jnp.uint32)
+        return model, jnp.zeros((ROWS, 2), jnp.uint32)
 
     def loss(
         self, model: Any, batch: Mapping[str, jax.Array], carry: Any, key: jax.Array
@@ -42,7 +42,7 @@ class Regression:
         error = jnp.square(batch["x"] @ model["w"][...] - batch["y"]) * batch["weights"]
         total, weight = jnp.sum(error), jnp.sum(batch["weights"])
         aux = {"error": total / jnp.maximum(weight, 1.0)}
-        return Loss(total, weight), aux, jnp.stack([carry[1], jax.random.key_data(key)])
+        return Loss(total, weight), aux, jnp.broadcast_to(jax.random.key_data(key), carry.shape)
 
     def after_update(self, model: Any, aux: dict[str, jax.Array]) -> Any:
         worst = jnp.maximum(model["worst"][...], aux["error"])
@@ -128,7 +128,9 @@ def test_every_microbatch_has_noise_of_its_own() -> None:
     for accumulate, n in ((1, 4), (2, 3)):
         config = StepConfig(Regression(), OptimizerConfig(), accumulate)
         for _, after, _ in steps(config, n, regression_batch()):
-            seen += list(after.carry[-accumulate:])
+            # Row r is in microbatch r % accumulate.
+            seen += list(after.carry[:accumulate])
+            assert (after.carry.reshape(-1, accumulate, 2) == after.carry[:accumulate]).all()
     # split(key, 7) begins with split(key, 4); all others differ.
     assert len({tuple(np.asarray(k).tolist()) for k in seen}) == len(seen) - 4
 
