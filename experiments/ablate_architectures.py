@@ -16,10 +16,11 @@ scale in arXiv 2312.00752 (figure 4). The measured table is in the README.
 Adding a fifth architecture is one line in `ARCHITECTURES`.
 """
 
+import bisect
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -115,23 +116,33 @@ def solve(
     def error(model: LMConfig) -> float:
         return abs(math.log(size(model) / target))
 
-    widths = range(16, 8192, 8)
-    low, high = 0, len(widths) - 1
-    while low < high:  # sizes grow with the width
-        middle = (low + high) // 2
-        low, high = (
-            (middle + 1, high)
-            if size(build(widths[middle], layers, 1.0)) < target
-            else (low, middle)
-        )
-    near = [widths[i] for i in {max(low - 1, 0), low}]
-    stretches = [1 + s / 100 for k in range(31) for s in {k, -k}]
-    best = min((build(d, layers, e) for d in near for e in stretches), key=error)
+    stretches = [1 + s / 100 for s in range(-30, 31)]
+    candidates: list[LMConfig] = []
+    for d in _around(range(16, 8192, 8), lambda d: size(build(d, layers, 1.0)), target):
+        sizes = functools.partial(_size_of, build, d, layers, size)
+        candidates += [build(d, layers, e) for e in _around(stretches, sizes, target)]
+    best = min(candidates, key=error)
     if error(best) > 0.02:
         raise UserError(
             f"no width gives {target:,.0f}; the nearest has {size(best):,.0f}: change --width"
         )
     return best
+
+
+def _size_of(
+    build: Callable[[int, int, float], LMConfig],
+    width: int,
+    layers: int,
+    size: Callable[[LMConfig], float],
+    stretch: float,
+) -> float:
+    return size(build(width, layers, stretch))
+
+
+def _around[T](options: Sequence[T], size: Callable[[T], float], target: float) -> Sequence[T]:
+    """The two options, whose sizes rise, with the target between them; one if it is below all."""
+    low = bisect.bisect_left(options, target, hi=len(options) - 1, key=size)
+    return options[max(low - 1, 0) : low + 1]
 
 
 def fitted(config: Ablation, model: LMConfig, vocab_size: int) -> LMConfig:

@@ -81,6 +81,7 @@ def test_the_report_names_the_letter_that_was_planted(tmp_path: Path) -> None:
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_level_is_trained_once(tmp_path: Path) -> None:
     ladder = replace(SMALL.ladder, out=tmp_path / "noise-0.3")
     corpus = quality.levels(SMALL)["noise 0.3"]

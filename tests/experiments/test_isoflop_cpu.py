@@ -161,6 +161,7 @@ def test_grids_have_what_the_question_needs() -> None:
         assert rungs[-1].size.active > 9 * rungs[0].size.active  # about a decade
 
 
+@pytest.mark.slow
 def test_study_trains_reports_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ def test_both_parametrisations_are_one_model_at_the_base_width() -> None:
     assert [m.mup.width_ratio(m.d_model) for m in narrow] == [1.0, 0.25]
 
 
+@pytest.mark.slow
 def test_transfer_runs_reports_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

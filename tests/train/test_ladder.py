@@ -224,6 +224,7 @@ def refuse(*args: Any, **arguments: Any) -> Any:
     raise AssertionError("trained")
 
 
+@pytest.mark.slow
 def test_killed_ladder_goes_on_and_gives_the_same_bits(
     tiny_ladder: Ladder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +249,7 @@ def test_killed_ladder_goes_on_and_gives_the_same_bits(
     assert run_ladder(tiny_ladder, report=lambda _: None) == whole
 
 
+@pytest.mark.slow
 def test_processes_share_a_ladder(tiny_ladder: Ladder) -> None:
     """Rung by rung, in any order; the rows of all are in the file when the last one ends."""
     second = run_ladder(replace(tiny_ladder, part="2/2"), report=lambda _: None)
@@ -260,6 +262,7 @@ def test_processes_share_a_ladder(tiny_ladder: Ladder) -> None:
     assert run_ladder(replace(tiny_ladder, part="3/3"), report=lambda _: None) == both
 
 
+@pytest.mark.slow
 def test_another_ladder_in_the_folder_is_refused(tiny_ladder: Ladder) -> None:
     run_ladder(replace(tiny_ladder, widths=(8,)), report=lambda _: None)
     with pytest.raises(UserError, match=r"holds another run \(schedule.learning_rate"):
@@ -273,6 +276,7 @@ def test_another_ladder_in_the_folder_is_refused(tiny_ladder: Ladder) -> None:
         run_ladder(more, report=lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_rung_that_diverges_is_left_out(
     tiny_ladder: Ladder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
