@@ -60,13 +60,7 @@ def train_batches(
     Raises:
       UserError: batch_size not a multiple of process_count, a stream shorter than one window.
     """
-    if process_count < 1 or batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} is not a positive multiple of process_count={process_count}: "
-            f"choose a multiple of {max(1, process_count)}"
-        )
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index={process_index} is not in [0, {process_count})")
+    check_share(batch_size, process_index, process_count)
     _check_seq_len(seq_len)
     for stream in corpus.train:
         n_tokens = len(stream.tokens)
@@ -88,6 +82,21 @@ def train_batches(
     )
     options = grain.ReadOptions(read_threads, max(_READ_AHEAD, read_threads) * (read_threads > 0))
     return iter(batches.to_iter_dataset(options))
+
+
+def check_share(batch_size: int, process_index: int, process_count: int) -> None:
+    """Refuses a global batch that the processes cannot share evenly.
+
+    Raises:
+      UserError: batch_size not a positive multiple of process_count, or no such process.
+    """
+    if process_count < 1 or batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch_size={batch_size} is not a positive multiple of process_count={process_count}: "
+            f"choose a multiple of {max(1, process_count)}"
+        )
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index={process_index} is not in [0, {process_count})")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ def hold_out(rows: Rows, above: float, *, draws: int = 200, seed: int = 0) -> He
         raise UserError(f"hold_out={above:g}: no run has fewer FLOPs: choose a larger one")
     require_design(check_design(small))
     found = fit(Chinchilla, small)
-    boot = bootstrap(found, small, n=draws, cluster=_cluster(small), seed=seed)
+    boot = bootstrap(found, small, n=draws, seed=seed)
     paths = np.stack([law.predict(large.columns) for law in boot.laws])
     rng = np.random.default_rng(seed)
     # A fit's residuals are smaller than the noise: it has bent towards them.
@@ -161,7 +161,7 @@ def study(
     findings = check_design(rows)
     require_design(findings)
     found = fit(Chinchilla, rows)
-    boot = bootstrap(found, rows, n=draws, cluster=_cluster(rows), seed=seed)
+    boot = bootstrap(found, rows, n=draws, seed=seed)
     curves = isoflop(rows, tolerance=tolerance, nearest=nearest)
     if sum(m.points >= 3 for m in curves.minima) < 2:
         return Study(rows, size, findings, found, boot, None, None, None)
@@ -196,8 +196,3 @@ def seed_noise(rows: Rows, by: Sequence[str] = ("N", "D")) -> float:
     if freedom < 1:
         raise UserError(f"seeds=1 in all {len(count)} cells: repeat a run with another seed")
     return float(np.sqrt(squares.sum() / freedom))
-
-
-def _cluster(rows: Rows) -> str | None:
-    """Points of one run are drawn together."""
-    return "run" if "run" in rows else None

@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable
 
@@ -8,22 +7,11 @@ import pytest
 
 from slm_jax.data import Corpus, train_batches, valid_batches
 from slm_jax.errors import UserError
+from tests.data.batches import assert_same, take
 
 MakeCorpus = Callable[..., Corpus]
 LENGTHS = [7, 1, 30, 2, 60, 15, 1, 1, 44]  # 161 tokens
 SIZES = {"batch_size": 4, "seq_len": 8, "seed": 3}
-
-
-def take(batches, n: int) -> list[dict[str, np.ndarray]]:
-    return list(itertools.islice(batches, n))
-
-
-def assert_same(got, want) -> None:
-    assert len(got) == len(want)
-    for one, other in zip(got, want, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -1,4 +1,3 @@
-import itertools
 import json
 
 import numpy as np
@@ -17,20 +16,9 @@ from slm_jax.data.puzzles import (
 from slm_jax.data.puzzles.sudoku_solver import solve
 from slm_jax.data.puzzles.words import below, mix, permutations, words
 from slm_jax.errors import UserError
+from tests.data.batches import assert_same, take
 
 SET = generate_sudoku(6, 10, seed=0)
-
-
-def take(batches, n: int) -> list[dict[str, np.ndarray]]:
-    return list(itertools.islice(batches, n))
-
-
-def assert_same(got, want) -> None:
-    assert len(got) == len(want)
-    for one, other in zip(got, want, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 def test_batches_have_the_shapes_and_types_of_the_interface() -> None:

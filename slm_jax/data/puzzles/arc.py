@@ -1,7 +1,7 @@
 """ARC-AGI-1 and -2: tasks from JSON, grids as 900 tokens and back.
 
 A grid of up to 30 x 30 colours is laid on 30 x 30 tokens: 0 padding, 1 end of grid, 2..11 colours
-(reference 1.4; TinyRecursiveModels, dataset/build_arc_dataset.py). The end is marked by a row of 1
+(TinyRecursiveModels, dataset/build_arc_dataset.py). The end is marked by a row of 1
 below the grid and a column of 1 to its right, where there is room; the corner stays padding.
 """
 

@@ -1,7 +1,7 @@
 """Variants of ARC tasks, each with a puzzle id of its own, and the sets to train and test on.
 
 A variant turns or mirrors all grids of a task (8 ways) and permutes its colours, black (0) fixed
-(reference 1.4; TinyRecursiveModels, dataset/build_arc_dataset.py, `aug` and `inverse_aug`). A
+(TinyRecursiveModels, dataset/build_arc_dataset.py, `aug` and `inverse_aug`). A
 puzzle id stands for a variant, not for a task: the model learns one embedding for each.
 """
 
@@ -186,7 +186,7 @@ def arc_train_set(
     """All examples of the training tasks and the demonstrations of the evaluation tasks.
 
     The model has to learn a puzzle id for each evaluation task, so their demonstrations are trained
-    on (reference 1.4); their tests are not. Use with `puzzle_batches(augment=True)`.
+    on (arXiv 2510.04871); their tests are not. Use with `puzzle_batches(augment=True)`.
 
     Raises:
       UserError: a training task is an evaluation task or holds one of its tests.

@@ -1,6 +1,6 @@
 """From predictions for all variants of an ARC task to two attempts and the official score.
 
-Reference 1.4; TinyRecursiveModels, evaluators/arc.py.
+TinyRecursiveModels, evaluators/arc.py.
 """
 
 from __future__ import annotations

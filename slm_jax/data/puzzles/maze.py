@@ -1,7 +1,8 @@
 """Mazes: find a shortest path from S to G.
 
 A maze is a grid of the characters `# SGo` (wall, open, start, goal, path), tokens 1..5 with 0 for
-padding (reference 1.4, Maze-Hard). Inputs show walls, S and G; labels also the path between them.
+padding (as in TinyRecursiveModels). Inputs show walls, S and G; labels also the path between
+them.
 """
 
 from __future__ import annotations

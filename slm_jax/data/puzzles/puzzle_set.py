@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from slm_jax.data.pipeline import check_share
 from slm_jax.data.puzzles.words import mix, permutations, words
 from slm_jax.errors import UserError
 
@@ -104,8 +105,8 @@ def puzzle_batches(
 ) -> PuzzleBatches:
     """Endless shuffled training batches.
 
-    An epoch is every puzzle once, in an order of its own, each in one variant drawn anew: "one
-    epoch draws one variant per puzzle" (reference 1.4). Row r of step s is a pure function of
+    An epoch is every puzzle once, in an order of its own, each in one variant drawn anew, as in
+    TinyRecursiveModels. Row r of step s is a pure function of
     (seed, s, r), so the number of processes does not change the global batch and a run resumes at
     any step.
 
@@ -126,13 +127,7 @@ def puzzle_batches(
       UserError: an empty set, batch_size not a multiple of process_count, augment without an
         augmentation.
     """
-    if process_count < 1 or batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} is not a positive multiple of process_count={process_count}: "
-            f"choose a multiple of {max(1, process_count)}"
-        )
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index={process_index} is not in [0, {process_count})")
+    check_share(batch_size, process_index, process_count)
     if not len(train):
         raise UserError(f"train={train.name!r} has no puzzles: give at least one")
     if augment and train.augmentation is None:

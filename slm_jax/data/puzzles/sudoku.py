@@ -1,7 +1,7 @@
 """Sudoku puzzles 4x4 (boxes 2x2), 6x6 (2x3) and 9x9 (3x3): text, tokens, files, generator.
 
-Tokens are 0 padding, 1 blank, 2.. digits (reference 1.4), so the vocabulary is size + 2. The loss
-covers every cell, the given ones included.
+Tokens are 0 padding, 1 blank, 2.. digits (as in TinyRecursiveModels), so the vocabulary is size
++ 2. The loss covers every cell, the given ones included.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def split_sudoku(
         so there the first tests on two or three of them, the second on all.
 
     Raises:
-      UserError: 4x4 (its 288 grids are two classes: reference 1.7), another `by`, too few classes.
+      UserError: 4x4 (its 288 grids are two classes), another `by`, too few classes.
     """
     if puzzles.height == 4:
         raise UserError(

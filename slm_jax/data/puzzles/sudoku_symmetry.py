@@ -84,7 +84,7 @@ class SudokuSymmetry:
 
 @dataclasses.dataclass(frozen=True)
 class SudokuAugmentation:
-    """Draws a uniform element of the group for each row of a batch (reference 1.4).
+    """Draws a uniform element of the group for each row of a batch, as TinyRecursiveModels does.
 
     Attributes:
       size: 4, 6 or 9.
