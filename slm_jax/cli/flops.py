@@ -11,6 +11,7 @@ from slm_jax.cli.show import console, count, facts
 from slm_jax.models.flops import PEAK_FLOPS, Accelerator, forward_flops, training_flops
 from slm_jax.models.lm import LMConfig
 from slm_jax.models.presets import preset, summary
+from slm_jax.models.recursion import expected_runs
 
 DESCRIPTION = f"""Operations of a model per token: slm flops [PRESET] [OPTIONS].
 
@@ -61,11 +62,18 @@ def _forward(model: LMConfig, length: int, title: str) -> Table:
 
 def _training(model: LMConfig, length: int) -> Table:
     """Totals of a training step per token, and what the rule of thumb 6 N makes of them."""
+    cost = "3 x forward"
+    if model.recursion is not None:
+        runs = expected_runs(model.recursion)
+        cost = (
+            f"{runs.forward:.2f} runs of layers {model.recursion.first} to {model.recursion.last} "
+            f"on average, {runs.backward:.2f} with gradient"
+        )
     sizes = summary(model, length)
     flops = training_flops(model, length, remat="none")
     inactive = sizes.total - sizes.active
     rows = {
-        "training": f"{count(flops)} FLOPs per token: 3 x forward, causal (for MFU)",
+        "training": f"{count(flops)} FLOPs per token: {cost}, causal (for MFU)",
         f"with remat={model.remat}": f"{count(training_flops(model, length))} FLOPs per token",
         "full attention": f"{count(training_flops(model, length, 'none', causal=False))} "
         "FLOPs per token",

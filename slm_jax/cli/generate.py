@@ -46,6 +46,11 @@ class Generate:
     """Source of the randomness."""
     ema: bool = False
     """Use the average of the weights that the run kept."""
+    repeats: int | None = None
+    """Runs of the layers that a model with recursion repeats; default as in evaluation."""
+    tolerance: float | None = None
+    """With recursion: a token takes no more runs when one changes its state by less than this
+    share, at most `repeats`."""
 
     def __post_init__(self) -> None:
         if not self.prompt or "" in self.prompt:
@@ -57,6 +62,8 @@ def command(args: Sequence[str]) -> None:
     config = parse(Generate, args=args, prog="slm generate")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     model, tokenizer, prefix = _load(config)
+    if config.repeats is not None or config.tolerance is not None:
+        model = model.at_depth(config.repeats, config.tolerance)
     prompts = [np.concatenate([prefix, tokenizer.encode(text)]) for text in config.prompt]
     limit, key = config.max_new_tokens, jax.random.key(config.seed)
     eos = tokenizer.eos_id

@@ -1,32 +1,54 @@
 """`slm train`: one run, from a preset and overrides."""
 
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from slm_jax.cli.host import keep_freed_memory
 from slm_jax.cli.model import DEFAULT_PRESET, preset_list, split_preset
 from slm_jax.cli.script import parse
 from slm_jax.cli.show import console, count, facts, nbytes
-from slm_jax.models.presets import preset, summary
-from slm_jax.train.experiment import Experiment, Result, run
+from slm_jax.errors import named
+from slm_jax.models.lm import LMConfig
+from slm_jax.models.presets import PRESETS, summary
+from slm_jax.models.trm import n_parameters
+from slm_jax.train import experiment, trm_experiment
+from slm_jax.train.experiment import Experiment
+from slm_jax.train.trm_experiment import TRMExperiment
+from slm_jax.train.trm_presets import TRM_PRESETS
 
-DESCRIPTION = f"""Trains a language model: slm train [PRESET] [OPTIONS].
+DESCRIPTION = f"""Trains a model: slm train [PRESET] [OPTIONS].
 
-The preset comes first and sets the model, {DEFAULT_PRESET} by default; every option below overrides
-one field. The same command resumes a run that was stopped, and shows the result of one that is
-done.
+The preset comes first, {DEFAULT_PRESET} by default. One of a language model sets the model, one of
+puzzles the whole run; every option below overrides one field. The same command resumes a run that
+was stopped, and shows the result of one that is done.
 
-Presets: {preset_list()}"""
+Language models: {preset_list()}
+
+Puzzles: {textwrap.fill(", ".join(TRM_PRESETS), width=80)}"""
+
+_DEFAULTS: dict[str, LMConfig | TRMExperiment] = {**PRESETS, **TRM_PRESETS}
 
 
 def command(args: Sequence[str]) -> None:
     """Trains what `args` describe and prints the result."""
     keep_freed_memory()
     name, rest = split_preset(args)
-    default = Experiment(model=preset(name), out=Path("runs") / name)
-    config = parse(
-        Experiment, default, description=DESCRIPTION, args=rest, prog=f"slm train {name}"
-    )
+    found = named("preset", name, _DEFAULTS)
+    out = Path("runs") / name
+    if isinstance(found, LMConfig):
+        _train_lm(name, _parse(Experiment(model=found, out=out), name, rest))
+    else:
+        _train_trm(name, _parse(replace(found, out=out), name, rest))
+
+
+def _parse[T](default: T, name: str, args: Sequence[str]) -> T:
+    prog = f"slm train {name}"
+    return parse(type(default), default, description=DESCRIPTION, args=args, prog=prog)
+
+
+def _train_lm(name: str, config: Experiment) -> None:
     size = summary(config.model, config.seq_len)
     tokens = config.steps * config.batch_size * config.seq_len
     if not config.loop.quiet:
@@ -35,10 +57,7 @@ def command(args: Sequence[str]) -> None:
             f"steps, {config.out}",
             highlight=False,
         )
-    _show(run(config))
-
-
-def _show(result: Result) -> None:
+    result = experiment.run(config)
     rows = {
         "held-out loss": f"{result.valid_loss:.4f} nats a token",
         "": f"{result.valid_bits_per_byte:.4f} bits a byte",
@@ -46,7 +65,40 @@ def _show(result: Result) -> None:
     if result.valid_loss_ema is not None:
         rows["averaged weights"] = f"{result.valid_loss_ema:.4f} nats a token"
     rows["speed"] = f"{result.tokens_per_second:,.0f} tokens/s, median"
-    rows["compilation"] = f"{result.compile_seconds:.1f} s"
-    rows["memory of a step"] = f"{nbytes(result.memory_bytes)} a device"
+    rows |= _costs(result)
     rows["continue a text"] = f"slm generate {result.out} --prompt ..."
     console().print(facts(rows))
+
+
+def _train_trm(name: str, config: TRMExperiment) -> None:
+    if not config.loop.quiet:
+        flops = config.steps * trm_experiment.step_flops(config)
+        console().print(
+            f"{name}: {count(n_parameters(config.model))} parameters, {config.steps:,} steps of "
+            f"{config.batch_size} puzzles, {count(flops)}FLOP, {config.out}",
+            highlight=False,
+        )
+    result = trm_experiment.run(config)
+    rows = {"supervision steps": f"1 to {len(result.exact)}"}
+    for label, exact, cell in (
+        ("raw weights", result.exact, result.cell),
+        ("averaged weights", result.exact_ema, result.cell_ema),
+    ):
+        if exact is not None and cell is not None:
+            rows[label] = (
+                f"{exact[0]:.1%} to {exact[-1]:.1%} of puzzles solved, {cell[0]:.1%} to "
+                f"{cell[-1]:.1%} of cells right"
+            )
+    if result.arc_pass_2 is not None:
+        rows["ARC score"] = f"{result.arc_pass_2:.1%}, two attempts"
+    rows["speed"] = f"{result.puzzles_per_second:,.0f} puzzles/s, median"
+    rows |= _costs(result)
+    rows["solve a puzzle"] = f"slm solve {result.out} --puzzle ..."
+    console().print(facts(rows))
+
+
+def _costs(result: experiment.Result | trm_experiment.TRMResult) -> dict[str, str]:
+    return {
+        "compilation": f"{result.compile_seconds:.1f} s",
+        "memory of a step": f"{nbytes(result.memory_bytes)} a device",
+    }

@@ -18,7 +18,7 @@ from slm_jax.errors import UserError
 from slm_jax.nn.attention import Attention, AttentionConfig
 from slm_jax.nn.linear import Embedding, Linear, look_up, truncated_normal
 from slm_jax.nn.mlp import MLP, MLPConfig
-from slm_jax.nn.module import Buffer, SparseTable, parameter
+from slm_jax.nn.module import Buffer, SparseTable, count_parameters, parameter
 from slm_jax.nn.norm import Norm, NormConfig
 
 _NORM = NormConfig(kind="rms", eps=1e-5, scale="none")
@@ -265,6 +265,11 @@ class TRM(nnx.Module):
             return h
 
         return jax.checkpoint(f) if self.config.remat == "full" else f
+
+
+def n_parameters(config: TRMConfig) -> int:
+    """Trained weights; the puzzle table, which the paper does not count either, is left out."""
+    return count_parameters(jax.eval_shape(lambda key: TRM(config, key), jax.random.key(0)))
 
 
 def empty_latents(config: TRMConfig, rows: int) -> Latents:

@@ -5,14 +5,18 @@ the data iterator and the configuration. Its number is the next step to run. Sav
 and atomic: what is listed is whole.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from slm_jax.errors import UserError
+
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class Restored(NamedTuple):
@@ -139,3 +143,26 @@ class Checkpoints:
                     f"model wants {want.dtype}{list(want.shape)}: use the configuration it was "
                     "trained with"
                 )
+
+
+def restore_weights[M](run: Path, init: Callable[[jax.Array], M], *, ema: bool) -> M:
+    """The newest weights of a run, on the first device.
+
+    Args:
+        run: its folder.
+        init: makes a model of the run's configuration from a key; it is only traced.
+        ema: the average of the weights, which the run must have kept.
+
+    Raises:
+        UserError: if there is no checkpoint, or it is of another model.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
+        jax.eval_shape(init, jax.random.key(0)),
+    )
+    name = "ema" if ema else "model"
+    with Checkpoints(run / CHECKPOINTS_FOLDER, read_only=True) as checkpoints:
+        model = checkpoints.restore({name: abstract}).state[name]
+    # Copies: what was read from a file may not be donated.
+    return jax.tree.map(jnp.asarray, model)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,8 +25,8 @@ from slm_jax.models.lm import LM, LMConfig
 from slm_jax.models.loss import next_token_loss
 from slm_jax.parallel import MeshConfig, make_mesh, shard_batch
 from slm_jax.train import folder
-from slm_jax.train.checkpoint import Checkpoints
-from slm_jax.train.loop import CHECKPOINTS_FOLDER, LoopConfig, train
+from slm_jax.train.checkpoint import restore_weights
+from slm_jax.train.loop import LoopConfig, train
 from slm_jax.train.metrics import bits_per_byte
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
 from slm_jax.train.serialize import from_json, to_json
@@ -272,7 +271,7 @@ def load_experiment(out: Path) -> Experiment:
     Raises:
         UserError: if the folder holds no run.
     """
-    data = folder.read_config(out)
+    data = folder.read_config(out, kind="Experiment")
     data = {k: v for k, v in data.items() if not k.endswith("_fingerprint")}
     # To run it again is to resume it, from where it is now.
     return from_json(Experiment, data | {"out": str(out), "overwrite": False})
@@ -286,7 +285,7 @@ def load_run_tokenizer(out: Path) -> Tokenizer:
     """
     spec = load_experiment(out).data.tokenizer
     tokenizer = load_tokenizer(spec)
-    if tokenizer.fingerprint != folder.read_config(out)["tokenizer_fingerprint"]:
+    if tokenizer.fingerprint != folder.read_config(out, kind="Experiment")["tokenizer_fingerprint"]:
         raise UserError(
             f"data.tokenizer={spec} is not what the run in {out} was trained with: put the file of "
             "that time back"
@@ -303,12 +302,4 @@ def load_model(out: Path, *, ema: bool = False) -> tuple[LM, Experiment]:
     config = load_experiment(out)
     if ema and config.ema_decay is None and config.tail_average is None:
         raise UserError(f"ema=True: the run in {out} keeps no average of its weights")
-    abstract = jax.eval_shape(lambda k: LM(config.model, k), jax.random.key(0))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), abstract
-    )
-    name = "ema" if ema else "model"
-    with Checkpoints(out / CHECKPOINTS_FOLDER, read_only=True) as checkpoints:
-        model = checkpoints.restore({name: abstract}).state[name]
-    return jax.tree.map(jnp.asarray, model), config
+    return restore_weights(out, lambda key: LM(config.model, key), ema=ema), config

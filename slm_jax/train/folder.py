@@ -11,6 +11,8 @@ from slm_jax.train.serialize import differences
 
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
+KINDS = {"Experiment": "a language model", "TRMExperiment": "a recursive reasoner on puzzles"}
+"""What the kinds of run train, by the class of their configuration."""
 
 
 def check_folder(
@@ -38,7 +40,7 @@ def check_folder(
                 f"out={out} is not empty and holds no run: choose another --out or empty it"
             )
         return None
-    saved = read_config(out)
+    saved = read_config(out, kind=config["type"])
     if overwrite:
         return None
     kept = [{k: c[k] for k in c if k not in free} for c in (saved, config)]
@@ -68,16 +70,23 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
     _write_json(out / RESULT_FILE, result)
 
 
-def read_config(out: Path) -> dict[str, Any]:
+def read_config(out: Path, *, kind: str) -> dict[str, Any]:
     """The configuration of the run in `out`, as `to_json` gave it.
 
+    Args:
+        out: run folder.
+        kind: class of configuration that is wanted.
+
     Raises:
-        UserError: if the folder holds no run.
+        UserError: if the folder holds no run, or one of another kind.
     """
     if not (out / CONFIG_FILE).exists():
         raise UserError(f"run={out} has no {CONFIG_FILE}: give the folder of a training run")
     data = _read_json(out / CONFIG_FILE)
-    if data.get("type") != "Experiment":  # so does many a downloaded model
+    found = data.get("type")
+    if found in KINDS and found != kind:
+        raise UserError(f"run={out} trains {KINDS[found]}: give a run that trains {KINDS[kind]}")
+    if found != kind:  # many a downloaded model has such a file
         raise UserError(f"run={out} has the {CONFIG_FILE} of something else: give that of a run")
     return data
 

@@ -13,13 +13,11 @@ from jax.sharding import Mesh
 
 from slm_jax.errors import UserError
 from slm_jax.parallel.rules import shard_batch
-from slm_jax.train.checkpoint import Checkpoints
+from slm_jax.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
 from slm_jax.train.metrics import MetricLog
 from slm_jax.train.optimizer import ScheduleConfig
 from slm_jax.train.progress import TrainProgress
 from slm_jax.train.step import Program, TrainState
-
-CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class DivergedError(UserError):

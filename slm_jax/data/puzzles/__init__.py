@@ -6,7 +6,7 @@
 
 Read in this order: puzzle_set.py (sets, batches, splits), sudoku.py with sudoku_solver.py and
 sudoku_symmetry.py, maze.py, arc.py (tasks and tokens), arc_variants.py (ids, train and test sets),
-arc_vote.py (the score).
+arc_vote.py (the score), splits.py (all that a run needs, from one configuration).
 """
 
 from slm_jax.data.puzzles.arc import (
@@ -35,6 +35,16 @@ from slm_jax.data.puzzles.puzzle_set import (
     puzzle_batches,
     split_by_class,
 )
+from slm_jax.data.puzzles.splits import (
+    ArcQuestions,
+    ArcTasks,
+    Mazes,
+    PuzzleData,
+    PuzzleSplits,
+    SudokuFiles,
+    SudokuGenerated,
+    open_puzzles,
+)
 from slm_jax.data.puzzles.sudoku import (
     format_sudoku,
     generate_sudoku,
@@ -50,15 +60,22 @@ from slm_jax.data.puzzles.sudoku_symmetry import SudokuSymmetry, sudoku_classes
 
 __all__ = [
     "ArcPair",
+    "ArcQuestions",
     "ArcTask",
+    "ArcTasks",
     "ArcVariants",
     "ArcVotes",
     "Augmentation",
     "Batch",
     "MazeConfig",
+    "Mazes",
     "OrderedBatches",
     "PuzzleBatches",
+    "PuzzleData",
     "PuzzleSet",
+    "PuzzleSplits",
+    "SudokuFiles",
+    "SudokuGenerated",
     "SudokuSymmetry",
     "arc_score",
     "arc_test_set",
@@ -74,6 +91,7 @@ __all__ = [
     "load_sudoku",
     "maze_classes",
     "maze_solved",
+    "open_puzzles",
     "parse_sudoku",
     "puzzle_batches",
     "solve_sudoku",

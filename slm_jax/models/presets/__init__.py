@@ -1,12 +1,11 @@
 """Named configurations, constructors of the usual shapes, and sizes of a model."""
 
-import difflib
-
-from slm_jax.errors import UserError
+from slm_jax.errors import named
 from slm_jax.models.lm import LMConfig
 from slm_jax.models.presets.build import dense, hybrid, mamba, moe
 from slm_jax.models.presets.published import PUBLISHED
 from slm_jax.models.presets.size import ModelSummary, state_bytes, summary
+from slm_jax.models.recursion import RecursionConfig
 
 # About a million parameters each over bytes, for tests and demonstrations on a CPU.
 _TINY: dict[str, LMConfig] = {
@@ -20,6 +19,16 @@ _TINY: dict[str, LMConfig] = {
     "tiny-hybrid": hybrid(
         128, 4, 4, 2, 128, attention_period=4, attention_offset=2, n_experts=4, max_seq_len=512
     ),
+    # tiny-dense with its two inner layers run about four times, as in arXiv 2502.05171.
+    "tiny-looped": dense(
+        128,
+        4,
+        4,
+        2,
+        512,
+        max_seq_len=512,
+        recursion=RecursionConfig(1, 2, repeats=4, sampling="poisson", backward=4),
+    ),
 }
 
 PRESETS: dict[str, LMConfig] = PUBLISHED | _TINY
@@ -31,10 +40,7 @@ def preset(name: str) -> LMConfig:
     Raises:
         UserError: if there is none; names the closest ones.
     """
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5) or PRESETS
-        raise UserError(f"preset={name!r} does not exist: choose from {', '.join(close)}")
-    return PRESETS[name]
+    return named("preset", name, PRESETS)
 
 
 __all__ = [

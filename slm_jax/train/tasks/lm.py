@@ -42,14 +42,13 @@ class LMTask:
     def loss(
         self, model: LM, batch: Mapping[str, jax.Array], carry: Any, key: jax.Array
     ) -> tuple[Loss, dict[str, jax.Array], Any]:
-        """Loss over the tokens that count; logs the bare cross-entropy and the MoE terms."""
+        """Loss over the tokens that count; logs the bare cross-entropy and the model's terms."""
         total, weight, aux = next_token_loss(model, batch, chunk=self.objective.chunk, key=key)
         logged = {"nll": total / jnp.maximum(weight, 1.0)}
-        if aux:
+        if "moe_load_balance" in aux:
             balance = self.objective.load_balance * aux["moe_load_balance"].mean()
             total = total + weight * (balance + self.objective.router_z * aux["moe_z"].mean())
-            logged |= aux
-        return Loss(total, weight), logged, carry
+        return Loss(total, weight), logged | aux, carry
 
     def after_update(self, model: LM, aux: dict[str, jax.Array]) -> LM:
         """Moves the selection biases of MoE layers towards even loads."""

@@ -5,7 +5,7 @@ thinks of it, in the carry until it halts; until then the puzzles offered to tha
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from slm_jax.errors import UserError
 from slm_jax.models.flops import peak_flops
@@ -221,23 +222,11 @@ def accuracy(
     Raises:
         UserError: if there are no puzzles, or `batch_size` does not divide over the mesh.
     """
-    n = len(puzzles["inputs"])
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if not n:
-        raise UserError("puzzles: there is none to score")
-    if batch_size % parts:
-        raise UserError(f"batch_size={batch_size} is not a multiple of data x fsdp = {parts}")
-    rows = batch_size // jax.process_count()
-    first = jax.process_index() * rows
     names = ("inputs", "labels", "puzzle_ids")
-    sums = []
     with jax.set_mesh(mesh):
-        for i in range(0, n, batch_size):
-            index = np.arange(i + first, i + first + rows)
-            host = {name: np.asarray(puzzles[name], np.int32)[index % n] for name in names}
-            host["weights"] = (index < n).astype(np.float32)
-            sums.append(_score(model, shard_batch(host, mesh), n_steps))
+        sums = [_score(model, b, n_steps) for b, _ in _batches(puzzles, names, mesh, batch_size)]
     totals = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(sums))
+    n = len(puzzles["inputs"])
     return {name: total / n for name, total in totals.items()}
 
 
@@ -251,6 +240,66 @@ def _score(model: TRM, batch: Mapping[str, jax.Array], n_steps: int) -> dict[str
     halt = (found.halt >= 0) == exact
     scores = {"exact": exact, "cell": cell, "halt": halt}
     return {name: jnp.sum(x * batch["weights"], axis=-1) for name, x in scores.items()}
+
+
+class Answers(NamedTuple):
+    """What a model says in the end.
+
+    Attributes:
+        predictions: `[P, seq_len]` uint8 tokens.
+        halt: `[P]` float32, logits of being right.
+    """
+
+    predictions: np.ndarray
+    halt: np.ndarray
+
+
+def answer(
+    model: TRM,
+    puzzles: Mapping[str, np.ndarray],
+    mesh: Mesh,
+    *,
+    n_steps: int,
+    batch_size: int,
+) -> Answers:
+    """Answers puzzles after `n_steps` supervision steps; arguments as in `accuracy`."""
+    names = ("inputs", "puzzle_ids")
+    with jax.set_mesh(mesh):
+        parts = [
+            tuple(part[:n] for part in jax.device_get(_answer(model, batch, n_steps)))
+            for batch, n in _batches(puzzles, names, mesh, batch_size)
+        ]
+    return Answers(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _answer(model: TRM, batch: Mapping[str, jax.Array], n_steps: int) -> tuple[jax.Array, ...]:
+    found = refine(model, batch["inputs"], batch["puzzle_ids"], n_steps)
+    out = found.predictions[-1].astype(jnp.uint8), found.halt[-1]
+    # Whole on every process.
+    return tuple(jax.reshard(x, P()) for x in out)
+
+
+def _batches(
+    puzzles: Mapping[str, np.ndarray], names: tuple[str, ...], mesh: Mesh, batch_size: int
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """Arrays of so many puzzles on the mesh, the last ones filled up, and how many are new.
+
+    `weights` is 1 for a puzzle and 0 for what fills up.
+    """
+    n = len(puzzles["inputs"])
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if not n:
+        raise UserError("puzzles: there is none to score")
+    if batch_size % parts:
+        raise UserError(f"batch_size={batch_size} is not a multiple of data x fsdp = {parts}")
+    rows = batch_size // jax.process_count()
+    first = jax.process_index() * rows
+    for i in range(0, n, batch_size):
+        index = np.arange(i + first, i + first + rows)
+        host = {name: np.asarray(puzzles[name], np.int32)[index % n] for name in names}
+        host["weights"] = (index < n).astype(np.float32)
+        yield shard_batch(host, mesh), min(batch_size, n - i)
 
 
 def evaluate(
