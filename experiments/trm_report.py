@@ -85,9 +85,9 @@ def half_width(values: np.ndarray) -> float:
 
 def verdict(difference: float, half: float) -> str:
     """Whether a difference is above 0, in words."""
-    if difference <= 0:
-        return "does not hold" if not difference + half > 0 else "does not hold, undecided"
-    return "holds" if difference - half > 0 else "direction only: the interval holds 0"
+    if abs(difference) <= half or np.isnan(half):
+        return f"{'direction only' if difference > 0 else 'not seen'}: the interval holds 0"
+    return "holds" if difference > 0 else "the opposite holds"
 
 
 def write_report(

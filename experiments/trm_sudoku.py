@@ -15,7 +15,13 @@ against their moving average while training, (c) every arm at equal FLOPs.
 Expected (the paper's table 1: 9x9, 65,000 steps on a GPU): recursion 87.4 % against 0.0 % direct;
 the average of the weights above the raw ones (79.9 %), 2 layers above 4 of equal depth (79.5 %),
 two latents above one (71.9 %), the MLP mixer above attention (74.7 %), the gradient of the whole
-last cycle above that of its last step (56.5 %). What holds at this size is in the README.
+last cycle above that of its last step (56.5 %).
+
+Measured at the default size, 1000 test puzzles, 3 seeds, averaged weights: recursion 93.8 % against
+3.0 % (2 layers) and 31.0 % (8 layers) direct, 79.5 % with 4 layers and 0.1 % with attention: these
+hold. Not seen here: a single latent solves 98.4 %, the one-step gradient 96.7 %. The average is
+3.0 points above the raw weights, within the noise of three seeds; after one supervision step 32.3 %
+are solved. At a rate of 4e-3 the recursion's raw weights swing, and 4 layers do not learn.
 
 Another ablation is one line in `ARMS`.
 """
@@ -29,6 +35,7 @@ from rich.console import Console
 from trm_report import Claim, Measured, write_report
 
 from slm_jax import cli
+from slm_jax.cli.show import console as report_console
 from slm_jax.data.puzzles import PuzzleSplits, SudokuGenerated, open_puzzles
 from slm_jax.errors import UserError
 from slm_jax.models.trm import TRMConfig
@@ -111,7 +118,7 @@ class TRMSudoku:
     """Puzzles."""
     n_supervision: int = 8
     """Most supervision steps a puzzle, and those of the scores."""
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3)
     """Grid tried on the first seed."""
     seeds: int = 3
     """Runs at the best learning rate."""
@@ -147,10 +154,11 @@ class TRMSudoku:
         for name in ("seeds", "steps", "evaluations", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if "layers-4" in self.arms and self.model.n_latent_steps % 2 == 0:
+        n = self.model.n_latent_steps
+        if "layers-4" in self.arms and (n % 2 == 0 or n < 3):
             raise UserError(
-                f"model.n_latent_steps={self.model.n_latent_steps} with the arm layers-4, which "
-                "halves n + 1: choose an odd number"
+                f"model.n_latent_steps={n} with the arm layers-4, which halves n + 1: choose an "
+                "odd number of at least 3"
             )
 
 
@@ -230,7 +238,7 @@ def measure(config: TRMSudoku, name: str, splits: PuzzleSplits, console: Console
 
 def main(config: TRMSudoku) -> None:
     """Runs every arm and writes the report."""
-    console = Console()
+    console = report_console()
     splits = open_puzzles(config.data)
     measured = [measure(config, name, splits, console) for name in config.arms]
     write_report(

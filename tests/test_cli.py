@@ -22,6 +22,7 @@ from slm_jax.models.lm import LM
 from slm_jax.models.presets import PRESETS, dense
 from slm_jax.train.loop import TrainProgress
 from slm_jax.train.metrics import read_metrics
+from tests.train import tiny_trm
 
 TINY = [
     "--model.n-layers", "1", "--model.d-model", "16", "--model.pattern.0.mixer.n-heads", "2",
@@ -97,6 +98,37 @@ def test_an_interrupted_run_is_resumed_by_the_same_command(
     losses = [[r["loss"] for r in read_metrics(f) if "loss" in r] for f in (out, trained)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 5
+
+
+def test_a_reasoner_is_trained_shown_again_and_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["train", "sudoku-6x6", "--model.d-model", "8", "--model.n-layers", "1"]
+    args += ["--model.n-cycles", "1", "--model.n-latent-steps", "1", "--model.ff-multiple", "8"]
+    args += ["--data.n-train", "40", "--data.n-valid", "8", "--data.n-test", "16"]
+    args += ["--objective.n-supervision", "2", "--steps", "3", "--batch-size", "8"]
+    args += ["--out", str(tmp_path / "run")]
+    with tiny_trm.one_device():
+        assert main(args) == 0
+    begun, _, _ = capsys.readouterr().out.partition("\n")
+    assert begun.startswith("sudoku-6x6: ")
+    assert ", 3 steps of 8 puzzles, " in begun
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert len(result["exact"]) == 2
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert main(args) == 0
+    shown = capsys.readouterr().out
+    for suffix in ("", "_ema"):
+        first, last = (result[f"cell{suffix}"][k] for k in (0, -1))
+        assert f"{first:.1%} to {last:.1%} of cells right" in shown
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert f"slm solve {tmp_path / 'run'} --puzzle" in " ".join(shown.split())
+    puzzle = "..3.6..1...2....2.......5....13..4.."
+    assert main(["solve", str(tmp_path / "run"), "--puzzle", puzzle]) == 0
+    assert "step 2 of 2: " in capsys.readouterr().out
+    # Options of a language model are not options of a reasoner.
+    assert main([*args, "--seq-len", "16"]) == 2
+    assert "--seq-len" in capsys.readouterr().err
 
 
 def test_generation_streams_one_prompt_and_lists_several(

@@ -1,6 +1,5 @@
 """`slm generate`: continues prompts with a trained model."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,17 +7,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tokenizers
 import tyro
 
+from slm_jax.cli.load import load
 from slm_jax.cli.script import parse
-from slm_jax.data import Tokenizer, load_tokenizer
+from slm_jax.data import Tokenizer
 from slm_jax.errors import UserError
 from slm_jax.infer import Sampling, generate, stream
-from slm_jax.models.hf import load_hf
-from slm_jax.models.lm import LM
-from slm_jax.train.experiment import load_model, load_run_tokenizer
-from slm_jax.train.folder import CONFIG_FILE
 
 # What an unfinished character decodes to: at most three bytes, one replacement each at worst.
 _UNFINISHED, _MOST_UNFINISHED = "\ufffd", 3
@@ -31,7 +26,8 @@ class Generate:
     """Continues texts with a trained model: one as it is drawn, several one after another."""
 
     model: tyro.conf.Positional[Path]
-    """Folder of a training run, or of a Hugging Face model with its tokenizer.json."""
+    """Folder of a training run, of `slm quantize`, or of a Hugging Face model with its
+    tokenizer.json."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; give it several times for several texts."""
     max_new_tokens: int = 200
@@ -61,7 +57,7 @@ def command(args: Sequence[str]) -> None:
     """Loads the model and prints prompts and continuations."""
     config = parse(Generate, args=args, prog="slm generate")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    model, tokenizer, prefix = _load(config)
+    model, tokenizer, prefix = load(config.model, ema=config.ema)
     if config.repeats is not None or config.tolerance is not None:
         model = model.at_depth(config.repeats, config.tolerance)
     prompts = [np.concatenate([prefix, tokenizer.encode(text)]) for text in config.prompt]
@@ -115,25 +111,3 @@ def _write(pieces: Iterable[str]) -> None:
         sys.stdout.write(piece.translate(_CONTROLS))
         sys.stdout.flush()
     sys.stdout.write("\n")
-
-
-def _load(config: Generate) -> tuple[LM, Tokenizer, np.ndarray]:
-    """Model, tokenizer, and the ids (int32) that the model expects before every text."""
-    folder = config.model
-    if not _is_hf(folder):
-        tokenizer = load_run_tokenizer(folder)
-        return load_model(folder, ema=config.ema)[0], tokenizer, np.zeros(0, np.int32)
-    if config.ema:
-        raise UserError(f"ema=True: {folder} is a Hugging Face model and holds one set of weights")
-    file = folder / "tokenizer.json"
-    tokenizer = load_tokenizer(str(file))
-    # What its post-processor puts around an empty text: the beginning of text, if it has one.
-    prefix = tokenizers.Tokenizer.from_file(str(file)).encode("").ids
-    return load_hf(folder), tokenizer, np.asarray(prefix, np.int32)
-
-
-def _is_hf(folder: Path) -> bool:
-    try:
-        return "model_type" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # `load_experiment` says what is wrong

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from slm_jax.errors import UserError
 from slm_jax.models.lm import LMConfig
+from slm_jax.models.recursion import expected_runs
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class FlopBreakdown:
     """Input, gate, selection, step-size and output matrices of an SSM."""
     recurrence: float = 0.0
     """Convolution (2 x taps a channel) and scan (`slm_jax.nn.ssm.SCAN_FLOPS_PER_STATE`)."""
+    injection: float = 0.0
+    """The adapter that feeds repeated layers their input again (`RecursionConfig.injection`)."""
     head: float = 0.0
     """Logits, tied or not."""
 
@@ -52,6 +55,8 @@ class FlopBreakdown:
 def forward_flops(config: LMConfig, seq_len: int, *, causal: bool = True) -> FlopBreakdown:
     """Operations per token of the forward pass over a row of one document.
 
+    Repeated layers count `recursion.repeats` times; with a tolerance that is the most.
+
     Args:
         config: the model.
         seq_len: tokens of the row.
@@ -64,14 +69,24 @@ def forward_flops(config: LMConfig, seq_len: int, *, causal: bool = True) -> Flo
     """
     if seq_len < 1:
         raise UserError(f"seq_len={seq_len} must be at least 1")
+    repeats = 1 if config.recursion is None else config.recursion.repeats
+    return _breakdown(config, seq_len, causal, repeats)
+
+
+def _breakdown(config: LMConfig, seq_len: int, causal: bool, runs: float) -> FlopBreakdown:
+    """Operations per token of a forward pass whose shared layers run `runs` times."""
     parts = dict.fromkeys((f.name for f in fields(FlopBreakdown)), 0.0)
+    recursion = config.recursion
     for i in range(config.n_layers):
         layer = config.layer(i)
+        shared = recursion is not None and recursion.shares(i)
         found = layer.mixer.flops(config.d_model, seq_len, causal)
         if layer.channel is not None:
             found = found | layer.channel.flops(config.d_model)
         for name, flops in found.items():
-            parts[name] += flops
+            parts[name] += flops * (runs if shared else 1)
+    if recursion is not None and recursion.injection == "concat":
+        parts["injection"] += runs * 4 * config.d_model**2
     parts["head"] += 2 * config.d_model * config.vocab_size
     return FlopBreakdown(**parts)
 
@@ -94,22 +109,27 @@ def training_flops(
             `"dots"` keeps the products with plain matrices and adds those that are batched, which
             its policy does not keep: attention's products and the experts (not their weighted sum,
             which is needed again only inside a period); and the SSM scan. What a kernel recomputes
-            within its own backward pass is not counted.
+            within its own backward pass is not counted. Repeated layers count as often as they
+            run on average, backward and recomputed where the gradient passes.
         causal: as in `forward_flops`.
 
     Raises:
         UserError: if `seq_len` is not positive or `remat` is none of the three.
     """
     remat = config.remat if remat is None else remat
-    forward = forward_flops(config, seq_len, causal=causal)
+    forward = through = forward_flops(config, seq_len, causal=causal)
+    if config.recursion is not None:
+        runs = expected_runs(config.recursion)
+        forward = _breakdown(config, seq_len, causal, runs.forward)
+        through = _breakdown(config, seq_len, causal, runs.backward)
     recomputed = {
         "none": 0.0,
-        "full": forward.total - forward.head,
-        "dots": forward.attention_products + forward.experts + forward.recurrence,
+        "full": through.total - through.head - through.injection,
+        "dots": through.attention_products + through.experts + through.recurrence,
     }
     if remat not in recomputed:
         raise UserError(f"remat={remat!r} is not known: choose {', '.join(recomputed)}")
-    return 3 * forward.total + recomputed[remat]
+    return forward.total + 2 * through.total + recomputed[remat]
 
 
 @dataclass(frozen=True)

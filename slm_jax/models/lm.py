@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slm_jax.errors import UserError
+from slm_jax.models.recursion import Injection, RecursionConfig, run_recursive
 from slm_jax.nn.block import Block, LayerConfig
 from slm_jax.nn.linear import Embedding, Linear
 from slm_jax.nn.norm import Norm, NormConfig
@@ -57,6 +58,8 @@ class LMConfig:
     """What the backward pass recomputes: nothing, every layer, or all but matrix products."""
     scan_unroll: int = 1
     """Periods unrolled in the layer loop: more is faster on CPU and slower to compile."""
+    recursion: RecursionConfig | None = None
+    """Layers that run repeatedly, with shared weights; `None`: every layer runs once."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "max_seq_len", "scan_unroll"):
@@ -68,10 +71,22 @@ class LMConfig:
             raise UserError("head_bias=True needs tie_embeddings=False: a tied head has no bias")
         for layer in self.pattern:
             self.mup.mixer(layer.mixer)
+        if self.recursion is not None:
+            self.recursion.check(self.n_layers, self.pattern)
+            if self.mup.base_depth is not None:
+                raise UserError(
+                    f"mup.base_depth={self.mup.base_depth} with recursion: no rule is known for "
+                    "layers that repeat: leave it at None"
+                )
 
     def layer(self, i: int) -> LayerConfig:
         """The configuration of layer `i`."""
         return self.pattern[i % len(self.pattern)]
+
+    def runs(self, i: int) -> int:
+        """How often layer `i` runs in a pass without a key; so many decode states it has."""
+        r = self.recursion
+        return r.repeats if r is not None and r.shares(i) else 1
 
 
 class LM(nnx.Module):
@@ -85,6 +100,7 @@ class LM(nnx.Module):
         embed: token embedding.
         blocks: one stacked `Block` a position of the pattern, leading axis = periods.
         tail: layers of the last incomplete period, unstacked.
+        inject: what a run of repeated layers begins and ends with, or `None`.
         final_norm: before the head.
         head: `Linear`, or `None` when tied.
     """
@@ -120,6 +136,16 @@ class LM(nnx.Module):
         )
         tail_keys = jax.random.split(k_tail, max(rest, 1))
         self.tail = nnx.List([block(config.layer(i), tail_keys[i]) for i in range(rest)])
+        self.inject = (
+            None
+            if config.recursion is None
+            else Injection(
+                config.recursion.injection,
+                config.d_model,
+                config.norm,
+                key=jax.random.fold_in(key, 4),
+            )
+        )
         self.final_norm = Norm(config.norm, config.d_model)
         self.head = (
             None
@@ -169,11 +195,12 @@ class LM(nnx.Module):
                 `segments`, or 0..S-1; must be given together with `state`.
             segments: `[B, S]` int32, 0 = padding, >= 1 = document; `None` = one document a row.
             state: from `init_state` or an earlier call: prefill or step from there.
-            key: PRNG key for training noise (sparsemixer), or `None`.
+            key: PRNG key for training: noise (sparsemixer) and how often layers repeat; or `None`.
 
         Returns:
             `[B, S, d_model]` after the final norm; aux terms stacked over the MoE layers
-            (`moe_*` of `slm_jax.nn.moe.MoE`, empty for a dense model); the new state.
+            (`moe_*` of `slm_jax.nn.moe.MoE`, empty for a dense model) and, with recursion, the
+            mean runs a token (`recursion_runs`, `[]`); the new state.
 
         Raises:
             UserError: if `state` comes without `positions`.
@@ -213,22 +240,30 @@ class LM(nnx.Module):
         keys = None if key is None else jax.random.split(key, (repeats + 1, period))
         stacked: tuple[dict[str, jax.Array], ...] = ()
         new: dict[str, tuple[Any, ...]] = {"blocks": (), "tail": ()}
-        if repeats:
+        more: dict[str, jax.Array] = {}
 
+        def layers(x: jax.Array, blocks: Any, states: Any, keys: Any) -> tuple[jax.Array, Any, Any]:
             def body(x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
                 x, aux, states = run(x, *xs)
                 return x, (aux, states)
 
+            unroll = min(config.scan_unroll, len(jax.tree.leaves(blocks)[0]))
+            x, (aux, states) = jax.lax.scan(body, x, (blocks, states, keys), unroll=unroll)
+            return x, aux, states
+
+        if repeats:
+            blocks, block_keys = list(self.blocks), None if keys is None else keys[:-1]
             old = (None,) * period if state is None else state["blocks"]
-            x, (stacked, new["blocks"]) = jax.lax.scan(
-                body,
-                x,
-                (list(self.blocks), old, None if keys is None else keys[:-1]),
-                unroll=min(config.scan_unroll, repeats),
-            )
+            if config.recursion is None or self.inject is None:
+                x, stacked, new["blocks"] = layers(x, blocks, old, block_keys)
+            else:
+                x, stacked, new["blocks"], more["recursion_runs"] = run_recursive(
+                    config.recursion, self.inject, layers, x, blocks, old, block_keys,
+                    segments=segments, key=key, dtype=dtype,
+                )  # fmt: skip
         old = (None,) * len(self.tail) if state is None else state["tail"]
         x, tail_aux, new["tail"] = run(x, list(self.tail), old, None if keys is None else keys[-1])
-        aux = _by_layer(stacked, tail_aux)
+        aux = _by_layer(stacked, tail_aux) | more
         return self.final_norm(x, dtype), aux, None if state is None else new
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -243,6 +278,29 @@ class LM(nnx.Module):
         cap = self.config.final_softcap
         return y if cap is None else cap * jnp.tanh(y / cap)
 
+    def at_depth(self, repeats: int | None = None, tolerance: float | None = None) -> "LM":
+        """The same weights with another depth at inference; for a model with recursion.
+
+        Args:
+            repeats: runs of the shared layers, whatever their number in training; default the
+                model's own.
+            tolerance: a token stops earlier, when a run changes its state by less than this share.
+
+        Raises:
+            UserError: if the model has no recursion, or on values that `RecursionConfig` refuses.
+        """
+        old = self.config.recursion
+        if old is None:
+            raise UserError(
+                f"repeats={repeats}, tolerance={tolerance}: no layers of this model repeat "
+                "(recursion=None): leave both out"
+            )
+        repeats = old.repeats if repeats is None else repeats
+        recursion = replace(old, repeats=repeats, tolerance=tolerance, sampling="fixed")
+        copy = jax.tree.unflatten(jax.tree.structure(self), jax.tree.leaves(self))
+        copy.config = replace(self.config, recursion=recursion)
+        return copy
+
     def init_state(self, batch: int, max_len: int, dtype: Any = None) -> State:
         """The state before the first token.
 
@@ -251,14 +309,16 @@ class LM(nnx.Module):
             max_len: most tokens a row will have, padding included: the capacity of a full cache.
             dtype: of keys, values and convolution inputs; default the compute dtype.
         """
-        dtype = jnp.dtype(dtype or self.config.dtype)
-        repeats = self.config.n_layers // len(self.config.pattern)
+        config, dtype = self.config, jnp.dtype(dtype or self.config.dtype)
+        period = len(config.pattern)
+        stacked = config.n_layers // period * period
+        periods = sum(config.runs(i) for i in range(0, stacked, period))
 
         def one(block: Block) -> Any:
             return block.mixer.init_state(batch, max_len, dtype)
 
         def stack(leaf: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(leaf, (repeats, *leaf.shape))
+            return jnp.broadcast_to(leaf, (periods, *leaf.shape))
 
         return {
             "blocks": tuple(jax.tree.map(stack, one(b)) for b in self.blocks),

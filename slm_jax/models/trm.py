@@ -13,13 +13,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from slm_jax.errors import UserError
 from slm_jax.nn.attention import Attention, AttentionConfig
-from slm_jax.nn.linear import Embedding, Linear, look_up, truncated_normal
+from slm_jax.nn.linear import Embedding, Linear, truncated_normal
 from slm_jax.nn.mlp import MLP, MLPConfig
 from slm_jax.nn.module import Buffer, SparseTable, count_parameters, parameter
 from slm_jax.nn.norm import Norm, NormConfig
+from slm_jax.parallel.rules import has_mesh, lead_spec, spec
 
 _NORM = NormConfig(kind="rms", eps=1e-5, scale="none")
 
@@ -239,7 +241,7 @@ class TRM(nnx.Module):
         if self.puzzles is None:
             x = jnp.pad(x, ((0, 0), (c.n_prefix, 0), (0, 0)))
         else:
-            puzzle = look_up(self.puzzles[...].astype(dtype), puzzle_ids)
+            puzzle = _read_rows(self.puzzles, puzzle_ids).astype(dtype)
             x = jnp.pad(x, ((0, 0), (c.n_prefix - 1, 0), (0, 0)))
             x = jnp.concatenate([puzzle[:, None], x], axis=1)
         return x * jnp.asarray(math.sqrt(c.d_model), dtype)
@@ -265,6 +267,20 @@ class TRM(nnx.Module):
             return h
 
         return jax.checkpoint(f) if self.config.remat == "full" else f
+
+
+def _read_rows(table: SparseTable, rows: jax.Array) -> jax.Array:
+    """Rows `[B]` of a table: `[B, d_model]`, split as `rows` is.
+
+    Every device reads all rows from its own columns. So the table, two gigabytes for ARC, is never
+    gathered, and its gradient, as large, is added up where it is: only `[B, d_model]` is sent.
+    """
+    if not has_mesh():
+        return table[...][rows]
+    columns = spec((None, "embed"))
+    found = table[...].at[jax.reshard(rows, P(None))].get(out_sharding=columns)
+    # In two steps: XLA knows no way from columns over one axis to rows over two.
+    return jax.reshard(jax.reshard(found, P(None, None)), P(*lead_spec(rows, 1), None))
 
 
 def n_parameters(config: TRMConfig) -> int:

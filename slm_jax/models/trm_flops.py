@@ -39,3 +39,12 @@ def training_flops(config: TRMConfig, *, continue_loss: bool = False) -> float:
     graded = config.n_latent_steps + 1 - ungraded_steps(config)
     total = (forward + 2 * graded) * network_flops(config) + 3 * head_flops(config)
     return total + (inference_flops(config) if continue_loss else 0.0)
+
+
+def recomputed_flops(config: TRMConfig) -> float:
+    """Operations on one puzzle that `remat` adds to a supervision step: f, where it has a gradient.
+
+    An upper bound: the last product of f is not needed again.
+    """
+    graded = config.n_latent_steps + 1 - ungraded_steps(config)
+    return graded * network_flops(config) if config.remat == "full" else 0.0

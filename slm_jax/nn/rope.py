@@ -101,7 +101,8 @@ def _yarn(scaling: YarnScaling, theta: float, dim: int) -> tuple[np.ndarray, flo
     return freq / scaling.factor * ramp + freq * (1 - ramp), factor
 
 
-def _llama3(scaling: Llama3Scaling, freq: np.ndarray) -> np.ndarray:
+def llama3_frequencies(scaling: Llama3Scaling, freq: np.ndarray) -> np.ndarray:
+    """The rotation's frequencies `[rotated / 2]` after the scaling."""
     wavelength = 2 * math.pi / freq
     turns = scaling.original_length / wavelength
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -140,7 +141,7 @@ def rope_tables(
         case YarnScaling() as yarn:
             inv_freq, scale = _yarn(yarn, config.theta, dim)
         case Llama3Scaling() as llama3:
-            inv_freq = _llama3(llama3, freq)
+            inv_freq = llama3_frequencies(llama3, freq)
         case LongRopeScaling(short, long, original, scale):
             inv_freq = jnp.where(
                 jnp.max(positions) + 1 > original, freq / np.array(long), freq / np.array(short)

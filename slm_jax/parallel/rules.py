@@ -39,6 +39,7 @@ RULES: dict[str, MeshAxes] = {
     "conv": None,
     "dt_rank": None,
     "layer": None,
+    "latent": None,
     "slots": None,
     "halt": None,
 }

@@ -30,7 +30,7 @@ from slm_jax.train.loop import LoopConfig, train
 from slm_jax.train.metrics import bits_per_byte
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
 from slm_jax.train.serialize import from_json, to_json
-from slm_jax.train.step import Program, StepConfig, TrainState, compile_step
+from slm_jax.train.step import BatchShapes, Program, StepConfig, TrainState, compile_step
 from slm_jax.train.tasks.lm import LMLossConfig, LMTask
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
@@ -199,8 +199,8 @@ def _identity(config: Experiment, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def compile_program(config: Experiment, mesh: Mesh) -> Program:
-    """The compiled step of a run; runs that differ in seed or learning rate share it."""
+def step_inputs(config: Experiment) -> tuple[StepConfig, BatchShapes]:
+    """What the step of a run is compiled from, apart from the mesh."""
     step = StepConfig(
         LMTask(config.model, config.objective),
         config.optimizer,
@@ -210,7 +210,13 @@ def compile_program(config: Experiment, mesh: Mesh) -> Program:
     )
     shape = (config.batch_size, config.seq_len)
     ints = [(name, shape, np.int32) for name in ("tokens", "targets", "segments", "positions")]
-    return compile_step(step, mesh, (*ints, ("weights", shape, np.float32)))
+    return step, (*ints, ("weights", shape, np.float32))
+
+
+def compile_program(config: Experiment, mesh: Mesh) -> Program:
+    """The compiled step of a run; runs that differ in seed or learning rate share it."""
+    step, batch = step_inputs(config)
+    return compile_step(step, mesh, batch)
 
 
 def evaluate(config: Experiment, corpus: Corpus, mesh: Mesh, state: TrainState) -> dict[str, float]:

@@ -220,6 +220,53 @@ class Program(NamedTuple):
 BatchShapes = tuple[tuple[str, tuple[int, ...], Any], ...]
 
 
+class Lowered(NamedTuple):
+    """A traced step that is not compiled yet.
+
+    Attributes:
+        step: the program of `Program.step`.
+        jaxpr: what it was made of.
+        state: abstract state with shardings.
+        batch: abstract batch with shardings.
+    """
+
+    step: jax.stages.Lowered
+    jaxpr: Any
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def lower_step(config: StepConfig, mesh: Mesh, batch: BatchShapes) -> Lowered:
+    """Traces the step for a mesh, which may be of devices that are only described.
+
+    Arguments and errors as of `compile_step`.
+    """
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, spec(("batch",)))
+        parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+        for name, shape, _ in batch:
+            if shape[0] % parts:
+                raise UserError(
+                    f"batch_size={shape[0]} ({name}) is not a multiple of data x fsdp x "
+                    f"accumulate = {parts}: choose {parts * max(1, round(shape[0] / parts))}"
+                )
+        inputs = {n: jax.ShapeDtypeStruct(s, d, sharding=rows) for n, s, d in batch}
+        abstract = jax.eval_shape(
+            functools.partial(init_state, config), jax.ShapeDtypeStruct((), jnp.uint32)
+        )
+        places = shardings(abstract, mesh)._replace(
+            carry=jax.tree.map(lambda _: rows, abstract.carry)
+        )
+        state = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places
+        )
+        rates = () if config.optimizer.table_decay is None else (2,)
+        traced = jax.jit(functools.partial(train_step, config), donate_argnums=0).trace(
+            state, inputs, jax.ShapeDtypeStruct(rates, jnp.float32)
+        )
+        return Lowered(traced.lower(), traced.jaxpr, state, inputs)
+
+
 def compile_step(config: StepConfig, mesh: Mesh, batch: BatchShapes) -> Program:
     """Compiles the step for a mesh and global batch shapes; equal arguments share one program.
 
@@ -240,34 +287,15 @@ def _compile(
     config: StepConfig, mesh: Mesh, batch: BatchShapes, rules: tuple[tuple[str, Any], ...]
 ) -> Program:
     """As `compile_step`; `rules` only tells programs apart, tracing reads them where they are."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    start = time.perf_counter()
+    lowered = lower_step(config, mesh, batch)
+    compiled = lowered.step.compile(ON_CPU if on_cpu else None)
+    seconds = time.perf_counter() - start
     with jax.set_mesh(mesh):
-        rows = NamedSharding(mesh, spec(("batch",)))
-        parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
-        for name, shape, _ in batch:
-            if shape[0] % parts:
-                raise UserError(
-                    f"batch_size={shape[0]} ({name}) is not a multiple of data x fsdp x "
-                    f"accumulate = {parts}: choose {parts * max(1, round(shape[0] / parts))}"
-                )
-        inputs = {n: jax.ShapeDtypeStruct(s, d, sharding=rows) for n, s, d in batch}
-        seed = jax.ShapeDtypeStruct((), jnp.uint32)
         init = functools.partial(init_state, config)
-        abstract = jax.eval_shape(init, seed)
-        places = shardings(abstract, mesh)._replace(
-            carry=jax.tree.map(lambda _: rows, abstract.carry)
-        )
-        state = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, places
-        )
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        rates = () if config.optimizer.table_decay is None else (2,)
-        start = time.perf_counter()
-        compiled = (
-            jax.jit(functools.partial(train_step, config), donate_argnums=0)
-            .lower(state, inputs, jax.ShapeDtypeStruct(rates, jnp.float32))
-            .compile(ON_CPU if on_cpu else None)
-        )
-        seconds = time.perf_counter() - start
+        places = jax.tree.map(lambda leaf: leaf.sharding, lowered.state)
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
         compiled_init = (
             jax.jit(init, out_shardings=places).lower(seed).compile(INIT_ON_CPU if on_cpu else None)
         )
@@ -279,4 +307,4 @@ def _compile(
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    return Program(compiled_init, compiled, state, seconds, used)
+    return Program(compiled_init, compiled, lowered.state, seconds, used)

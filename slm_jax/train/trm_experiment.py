@@ -29,7 +29,7 @@ from slm_jax.train.checkpoint import restore_weights
 from slm_jax.train.loop import LoopConfig, train
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
 from slm_jax.train.serialize import from_json, to_json
-from slm_jax.train.step import Program, StepConfig, TrainState, compile_step
+from slm_jax.train.step import BatchShapes, Program, StepConfig, TrainState, compile_step
 from slm_jax.train.tasks import trm
 from slm_jax.train.tasks.trm import TRMLossConfig, TRMTask
 
@@ -196,12 +196,18 @@ def step_flops(config: TRMExperiment) -> float:
     return config.batch_size * one
 
 
-def compile_program(config: TRMExperiment, mesh: Mesh) -> Program:
-    """The compiled step of a run; runs that differ in seed or learning rate share it."""
+def step_inputs(config: TRMExperiment) -> tuple[StepConfig, BatchShapes]:
+    """What the step of a run is compiled from, apart from the mesh."""
     step = StepConfig(task(config), config.optimizer, config.accumulate, config.ema_decay)
     cells = (config.batch_size, config.model.seq_len)
     arrays = (("inputs", cells), ("labels", cells), ("puzzle_ids", cells[:1]))
-    return compile_step(step, mesh, tuple((name, shape, np.int32) for name, shape in arrays))
+    return step, tuple((name, shape, np.int32) for name, shape in arrays)
+
+
+def compile_program(config: TRMExperiment, mesh: Mesh) -> Program:
+    """The compiled step of a run; runs that differ in seed or learning rate share it."""
+    step, batch = step_inputs(config)
+    return compile_step(step, mesh, batch)
 
 
 def _check_fit(model: TRMConfig, puzzles: PuzzleSet) -> None:

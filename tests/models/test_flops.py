@@ -20,6 +20,7 @@ from slm_jax.models.flops import (
 )
 from slm_jax.models.lm import LM, LMConfig
 from slm_jax.models.presets import PRESETS, dense, hybrid, mamba, moe, preset, summary
+from slm_jax.models.recursion import RecursionConfig
 from slm_jax.nn.attention import AttentionConfig, visible_keys
 from slm_jax.nn.block import LayerConfig
 from slm_jax.nn.mlp import MLPConfig
@@ -133,6 +134,14 @@ def test_full_remat_repeats_the_layers() -> None:
     down = 2 * 512 * 128 * config.n_layers
     counted = training_flops(config, LENGTH, causal=False)
     assert traced(config, gradient=True) == counted - down
+
+
+def test_training_counts_the_repeated_layers_that_have_a_gradient() -> None:
+    recursion = RecursionConfig(1, 2, repeats=3, backward=2)
+    config = replace(preset("tiny-looped"), recursion=recursion)
+    counted = training_flops(config, LENGTH, causal=False)
+    assert traced(config, gradient=True) == counted
+    assert counted < 3 * forward_flops(config, LENGTH, causal=False).total
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 63, 64, 100])

@@ -18,6 +18,7 @@ from slm_jax.models.presets import (
     state_bytes,
     summary,
 )
+from slm_jax.models.recursion import RecursionConfig
 from slm_jax.nn.attention import AttentionConfig, KVCache
 from slm_jax.nn.block import LayerConfig
 from slm_jax.nn.mlp import MLPConfig
@@ -49,6 +50,8 @@ PARAMETERS = {
     "tiny-moe": (1_019_136, 625_920),
     "tiny-mamba": (965_888, 965_888),
     "tiny-hybrid": (925_304, 728_696),
+    # tiny-dense, the 256 x 128 adapter and a norm.
+    "tiny-looped": (1_049_984, 1_049_984),
 }
 
 _ATTENTION = AttentionConfig(4, 2, 10, qkv_bias=True, out_bias=True, qk_norm="full")
@@ -76,6 +79,14 @@ ODD = {
     ),
     "no-norm-weight": LMConfig(
         50, 24, 2, (LayerConfig(_ATTENTION, MLPConfig(40)),), NormConfig(scale="none")
+    ),
+    "looped": LMConfig(
+        50,
+        24,
+        4,
+        (LayerConfig(_ATTENTION, MLPConfig(40)),),
+        NormConfig("layer", bias=True),
+        recursion=RecursionConfig(1, 2, repeats=3, injection="add"),
     ),
     "ssm-options": LMConfig(
         50,
@@ -121,7 +132,7 @@ def test_analytic_parameters_of_every_option(name: str) -> None:
 
 def test_tiny_presets_read_bytes_and_are_small() -> None:
     tiny = [name for name in PRESETS if name.startswith("tiny-")]
-    assert len(tiny) == 4
+    assert len(tiny) == 5
     for name in tiny:
         assert preset(name).vocab_size == 257
         assert 0.9e6 < PARAMETERS[name][0] < 1.1e6

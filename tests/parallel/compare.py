@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from slm_kernels.pallas import interpreted
 
 from slm_jax.models.loss import next_token_loss
+from slm_jax.models.recursion import RecursionConfig
 from slm_jax.parallel import MeshConfig, make_mesh, shard_batch, shardings
 from tests.nn.tiny import tiny_lm, tokens
 
@@ -63,7 +64,10 @@ def compare(architecture: str, meshes: list[str]) -> list[dict]:
     """Loss and gradients on every mesh against the same program without one."""
     architecture, _, kernels = architecture.partition("@")
     # An interpreted kernel has effects, which rematerialisation refuses.
-    model = tiny_lm(architecture, remat="none" if kernels else "full", n_layers=2)
+    changes: dict = dict(remat="none" if kernels else "full", n_layers=2)
+    if architecture == "looped":
+        changes["recursion"] = RecursionConfig(1, 1, repeats=3, backward=2)
+    model = tiny_lm("dense" if architecture == "looped" else architecture, **changes)
     ids = tokens(ROWS, LENGTH + 1)
     segments = np.where(np.arange(LENGTH) < 5, 1, 2) * np.ones((ROWS, 1), np.int32)
     segments[3:5, 9:] = 0  # padding in some shards only

@@ -32,7 +32,7 @@ def compare(*arguments: str) -> dict[str, tuple[list[dict], str]]:
     return {n: (r, logs[n]) for n, r in zip(logs, [*results, []], strict=True)}
 
 
-ARCHITECTURES = ["dense", "moe", "moe_capacity", "mamba", "hybrid"]
+ARCHITECTURES = ["dense", "moe", "moe_capacity", "mamba", "hybrid", "looped"]
 # One process for the test of every day, and one for the meshes that dense alone stands for there.
 EVERY_DAY = (
     "dense:8x1x1,1x8x1,2x4x1,2x2x2",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from slm_jax.data import DataConfig
+from slm_jax.models.recursion import RecursionConfig
 from slm_jax.parallel import MeshConfig, make_mesh
 from slm_jax.train import experiment
 from slm_jax.train.experiment import Experiment, run
@@ -59,6 +60,23 @@ def test_meshes(
     config = make_experiment(mesh=mesh, accumulate=accumulate)
     run(config)
     assert_same_curves(curves(config), reference)
+
+
+def test_all_devices_repeat_layers_as_often(
+    make_experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recursion = RecursionConfig(1, 1, repeats=2, sampling="uniform", backward=2)
+    model = tiny.model("dense", recursion=recursion)
+    config = make_experiment(model=model, out=tmp_path / "eight")
+    run(config)
+    alone = run_on_one_device(dataclasses.replace(config, out=tmp_path / "one"), monkeypatch)
+    assert_same_curves(curves(config), curves(alone))
+    drawn = [
+        [r["recursion_runs"] for r in read_metrics(c.out) if "recursion_runs" in r]
+        for c in (config, alone)
+    ]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) > 1
 
 
 def test_microbatches(

@@ -6,7 +6,8 @@
 
 Read in this order: puzzle_set.py (sets, batches, splits), sudoku.py with sudoku_solver.py and
 sudoku_symmetry.py, maze.py, arc.py (tasks and tokens), arc_variants.py (ids, train and test sets),
-arc_vote.py (the score), splits.py (all that a run needs, from one configuration).
+arc_vote.py (the score), rules.py (what an answer breaks), splits.py (all that a run needs, from one
+configuration).
 """
 
 from slm_jax.data.puzzles.arc import (
@@ -25,7 +26,14 @@ from slm_jax.data.puzzles.arc_variants import (
 )
 from slm_jax.data.puzzles.arc_vote import ArcVotes, arc_score
 from slm_jax.data.puzzles.dihedral import dihedral
-from slm_jax.data.puzzles.maze import MazeConfig, generate_mazes, maze_classes, maze_solved
+from slm_jax.data.puzzles.maze import (
+    MazeConfig,
+    generate_mazes,
+    maze_classes,
+    maze_solved,
+    solve_maze,
+)
+from slm_jax.data.puzzles.maze_text import parse_maze
 from slm_jax.data.puzzles.puzzle_set import (
     Augmentation,
     Batch,
@@ -35,6 +43,7 @@ from slm_jax.data.puzzles.puzzle_set import (
     puzzle_batches,
     split_by_class,
 )
+from slm_jax.data.puzzles.rules import maze_broken, sudoku_broken
 from slm_jax.data.puzzles.splits import (
     ArcQuestions,
     ArcTasks,
@@ -89,14 +98,18 @@ __all__ = [
     "generate_sudoku",
     "load_arc",
     "load_sudoku",
+    "maze_broken",
     "maze_classes",
     "maze_solved",
     "open_puzzles",
+    "parse_maze",
     "parse_sudoku",
     "puzzle_batches",
+    "solve_maze",
     "solve_sudoku",
     "split_by_class",
     "split_sudoku",
+    "sudoku_broken",
     "sudoku_classes",
     "sudoku_grids",
     "sudoku_set",

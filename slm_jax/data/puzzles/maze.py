@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -105,17 +106,49 @@ def _maze(config: MazeConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.
             goal = int(rng.choice(np.flatnonzero(goals)))
             maze = cells.copy()
             maze[start], maze[goal] = START, GOAL
-            label = maze.copy()
-            cell = goal
-            while distance[cell] > 1:
-                back = [c for c in _beside(cell, config) if distance[c] == distance[cell] - 1]
-                cell = back[int(rng.integers(len(back)))]
-                label[cell] = PATH
-            return maze, label
+            return maze, _with_path(maze, goal, distance, config, lambda n: int(rng.integers(n)))
     raise UserError(
         f"min_path={config.min_path}: {_ATTEMPTS} mazes of {config.height} x {config.width} with "
         f"loops={config.loops} had no such path: choose a shorter path or fewer loops"
     )
+
+
+def _with_path(
+    maze: np.ndarray,
+    goal: int,
+    distance: np.ndarray,
+    grid: MazeConfig,
+    choose: Callable[[int], int],
+) -> np.ndarray:
+    """The label uint8 [L]: a shortest path back from the goal, `choose` among equal ways."""
+    label = maze.copy()
+    cell = goal
+    while distance[cell] > 1:
+        back = [c for c in _beside(cell, grid) if distance[c] == distance[cell] - 1]
+        cell = back[choose(len(back))]
+        label[cell] = PATH
+    return label
+
+
+def solve_maze(maze: np.ndarray, *, where: str = "puzzle") -> np.ndarray:
+    """A shortest path from S to G, one of them where there are several.
+
+    Args:
+      maze: tokens integer [height, width], as `parse_maze` gives them.
+      where: names the maze in messages.
+
+    Returns:
+      Tokens uint8 [height, width]: the maze with the cells of the path marked.
+
+    Raises:
+      UserError: there is no way.
+    """
+    cells, grid = maze.astype(np.uint8).ravel(), MazeConfig(*maze.shape)
+    start, goal = (int(np.flatnonzero(cells == token)[0]) for token in (START, GOAL))
+    distance, _ = _distances(cells, grid.width, start)
+    if distance[goal] < 0:
+        raise UserError(f"{where} has no way from S to G: open one of its walls")
+    return _with_path(cells, goal, distance, grid, lambda n: 0).reshape(maze.shape)
 
 
 def _corridors(config: MazeConfig, rng: np.random.Generator) -> np.ndarray:

@@ -16,7 +16,13 @@ from slm_jax.data.puzzles.arc_variants import (
 )
 from slm_jax.data.puzzles.maze import MazeConfig, generate_mazes, maze_classes
 from slm_jax.data.puzzles.puzzle_set import PuzzleSet, split_by_class
-from slm_jax.data.puzzles.sudoku import generate_sudoku, load_sudoku, split_sudoku
+from slm_jax.data.puzzles.sudoku import (
+    generate_sudoku,
+    load_sudoku,
+    split_sudoku,
+    sudoku_grids,
+)
+from slm_jax.data.puzzles.sudoku_symmetry import sudoku_classes
 from slm_jax.errors import UserError
 
 
@@ -45,7 +51,8 @@ class SudokuFiles:
     test: Path = Path("data/sudoku-extreme/test.csv")
     """Puzzles to score."""
     n_train: int | None = 1000
-    """Draw so many; `None` is all, less `n_valid`."""
+    """Draw so many; `None` is all, less `n_valid`. Those that are equivalent to a puzzle that is
+    scored are left out, so there may be fewer."""
     n_valid: int = 200
     """Puzzles of the training file kept back and scored during training."""
     n_test: int | None = 1000
@@ -163,11 +170,7 @@ def _generated_sudoku(config: SudokuGenerated) -> PuzzleSplits:
     by = "puzzle" if config.size == 6 else "solution"
     puzzles = generate_sudoku(config.size, n, seed=config.seed)
     train, rest = split_sudoku(puzzles, held, seed=config.seed, by=by)
-    if len(train) < config.n_train:
-        raise UserError(
-            f"n_train={config.n_train}: {len(train)} puzzles are left beside {held} to score, the "
-            "others are equivalent to those: choose fewer"
-        )
+    _check_enough(train, config.n_train, held)
     return PuzzleSplits(
         train.take(slice(config.n_train)),
         rest.take(slice(config.n_valid)),
@@ -175,25 +178,47 @@ def _generated_sudoku(config: SudokuGenerated) -> PuzzleSplits:
     )
 
 
+def _check_enough(train: PuzzleSet, n_train: int, held: int) -> None:
+    if len(train) < n_train:
+        raise UserError(
+            f"n_train={n_train}: {len(train)} puzzles are left beside {held} to score, the "
+            "others are equivalent to those: choose fewer"
+        )
+
+
 def _sudoku_files(config: SudokuFiles) -> PuzzleSplits:
     limit = None if config.n_train is None else config.n_train + config.n_valid
     puzzles = load_sudoku(config.train, limit=limit, seed=config.seed)
-    train, valid = split_sudoku(puzzles, config.n_valid, seed=config.seed, by="puzzle")
     test = load_sudoku(config.test, limit=config.n_test, seed=config.seed)
-    if test.height != train.height:
+    if test.height != puzzles.height:
         raise UserError(
             f"test={config.test} holds puzzles of side {test.height}, train={config.train} of "
-            f"{train.height}: give files of one size"
+            f"{puzzles.height}: give files of one size"
         )
+    # Augmentation would turn them into the test puzzles.
+    tested = np.isin(_sudoku_classes(puzzles), _sudoku_classes(test))
+    if tested.all():
+        raise UserError(
+            f"train={config.train} holds no puzzle that is not equivalent to one of "
+            f"test={config.test}: give files of different puzzles"
+        )
+    puzzles = puzzles.take(~tested)
+    train, valid = split_sudoku(puzzles, config.n_valid, seed=config.seed, by="puzzle")
     return PuzzleSplits(train, valid, test)
+
+
+def _sudoku_classes(puzzles: PuzzleSet) -> np.ndarray:
+    return sudoku_classes(sudoku_grids(puzzles.inputs), sudoku_grids(puzzles.labels), by="puzzle")
 
 
 def _mazes(config: Mazes) -> PuzzleSplits:
     held = config.n_valid + config.n_test
-    mazes = generate_mazes(config.maze, config.n_train + held, seed=config.seed)
+    n = config.n_train + held + (config.n_train + held) // 10 + 10  # as for Sudokus
+    mazes = generate_mazes(config.maze, n, seed=config.seed)
     train, rest = split_by_class(mazes, maze_classes(mazes), held, seed=config.seed)
+    _check_enough(train, config.n_train, held)
     return PuzzleSplits(
-        train,
+        train.take(slice(config.n_train)),
         rest.take(slice(config.n_valid)),
         rest.take(slice(config.n_valid, None)),
         config.augment,
@@ -202,6 +227,12 @@ def _mazes(config: Mazes) -> PuzzleSplits:
 
 def _arc(config: ArcTasks) -> PuzzleSplits:
     evaluation = load_arc(config.evaluation)
+    for name, task in evaluation.items():
+        if any(pair.output is None for pair in task.test):  # before a long run, not after it
+            raise UserError(
+                f"evaluation={config.evaluation}: task {name} has no test output, so it cannot be "
+                "scored: give tasks with known outputs"
+            )
     training: dict[str, ArcTask] = {}
     for path in config.training:
         # Files overlap: ARC-AGI-2 repeats tasks of ARC-AGI-1.

@@ -179,6 +179,11 @@ def config_to_hf(config: LMConfig, model_type: str | None = None) -> dict[str, A
             f"mup.base_width={config.mup.base_width}: no class of transformers has its multipliers "
             "of logits and branches: export a model trained with mup.base_width=None"
         )
+    if config.recursion is not None:
+        raise UserError(
+            f"recursion over layers {config.recursion.first} to {config.recursion.last}: no class "
+            "of transformers repeats its layers: export a model with recursion=None"
+        )
     if model_type is None:
         candidates, verdict = FAMILIES, "no class of transformers computes this model"
     else:

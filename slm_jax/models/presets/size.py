@@ -29,7 +29,8 @@ class ModelSummary:
     forward_flops: float
     """Operations of a forward pass per token, causal."""
     training_flops: float
-    """Operations of a training step per token, causal, without recomputation: 3 x forward."""
+    """Operations of a training step per token, causal, without recomputation: 3 x forward, but for
+    layers that repeat."""
     kv_bytes_per_token: int
     """Keys and values one more token adds in the compute dtype, while no window is full."""
     ssm_state_bytes: int
@@ -51,7 +52,12 @@ def summary(config: LMConfig, seq_len: int | None = None) -> ModelSummary:
     embedding = config.vocab_size * config.d_model
     head = 0 if config.tie_embeddings else embedding + config.vocab_size * config.head_bias
     body = sum(_block_parameters(layer, config.d_model, config.norm) for layer in layers)
-    body += config.d_model * ((config.norm.scale != "none") + config.norm.bias)
+    norm = config.d_model * ((config.norm.scale != "none") + config.norm.bias)
+    body += norm
+    if config.recursion is not None:
+        body += {"none": 0, "add": norm, "concat": norm + 2 * config.d_model**2}[
+            config.recursion.injection
+        ]
     idle = sum(layer.channel.idle_parameters(config.d_model) for layer in layers if layer.channel)
     total = embedding + body + head
     return ModelSummary(
@@ -79,8 +85,10 @@ def state_bytes(config: LMConfig, length: int, dtype: Any = None) -> int:
         dtype: of keys, values and convolution inputs; default the compute dtype.
     """
     itemsize = jnp.dtype(dtype or config.dtype).itemsize
-    layers = (config.layer(i) for i in range(config.n_layers))
-    return sum(layer.mixer.state_bytes(length, itemsize) for layer in layers)
+    return sum(
+        config.runs(i) * config.layer(i).mixer.state_bytes(length, itemsize)
+        for i in range(config.n_layers)
+    )
 
 
 @functools.cache
