@@ -39,6 +39,7 @@ class Case:
         function: from an implementation's name to a function of the arguments by name.
         work: from sizes and whether the gradients are computed too to the least work.
         against_jax: the same with the kernel that jax ships, where it has one.
+        gradients: whether the operation has any.
     """
 
     shape: Shape
@@ -47,6 +48,7 @@ class Case:
     function: Callable[[str], Callable[..., jax.Array]]
     work: Callable[[Shape, bool], Work]
     against_jax: Callable[..., jax.Array] | None = None
+    gradients: bool = True
 
     def build(
         self, shape: Shape, implementation: str, backward: bool
@@ -60,8 +62,10 @@ class Case:
                 that is one more argument.
 
         Raises:
-            ValueError: if jax ships no such kernel.
+            ValueError: if jax ships no such kernel, or the operation has no gradient.
         """
+        if backward and not self.gradients:
+            raise ValueError("backward=True: this case has no gradient: profile it forward")
         if implementation == "jax":
             if self.against_jax is None:
                 raise ValueError("against='jax': jax ships no kernel for this case: choose 'xla'")

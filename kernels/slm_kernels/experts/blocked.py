@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
-def grouped_matmul_blocked(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul_blocked(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    w_scale: jax.Array | None,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
     """Arguments and result as in `slm_kernels.experts.grouped_matmul`.
 
     Every group is padded to whole blocks, so at most groups - 1 blocks are wasted and each block
@@ -30,6 +36,9 @@ def grouped_matmul_blocked(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -
     source = jnp.where(used, first_row[block_group][:, None] + within, rows)
 
     padded = x.at[source].get(mode="fill", fill_value=0)
-    y = jnp.einsum("brk,bkn->brn", padded, w[block_group])
+    w = w[block_group].astype(x.dtype)
+    y = jnp.einsum("brk,bkn->brn", padded, w, preferred_element_type=out_dtype)
+    if w_scale is not None:
+        y = (y * w_scale[block_group][:, None]).astype(out_dtype)
     # Back to the caller's rows; rows that no group owns keep their zeros.
-    return jnp.zeros((rows, w.shape[2]), x.dtype).at[source].set(y.astype(x.dtype), mode="drop")
+    return jnp.zeros((rows, w.shape[2]), out_dtype).at[source].set(y, mode="drop")
