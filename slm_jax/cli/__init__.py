@@ -1,15 +1,21 @@
 """The `slm` command, and `run`, by which experiments get the same command line.
 
-    slm train [PRESET] [options]      train a language model
+    slm train [PRESET] [options]      train a language model, or a reasoner on puzzles
     slm generate FOLDER [options]     continue prompts with a trained model
+    slm solve FOLDER --puzzle TEXT    solve a puzzle with a trained reasoner, step by step
+    slm quantize FOLDER --out FOLDER  store a trained model in a few bits a weight
+    slm export FOLDER OUT [options]   write a trained model for llama.cpp or transformers
+    slm import FILE OUT [options]     read a .gguf file or a Hugging Face folder
     slm presets [--json]              sizes and costs of the named models
     slm flops [PRESET] [options]      where the operations of a model go
+    slm plan [PRESET] --on SLICE      memory and time on TPUs that are not there
     slm scaling COMMAND [options]     plan, train and fit scaling laws
 
 Exit codes: 0 done, 2 a mistake in what was asked for (one line on stderr), 44 training diverged,
 130 interrupted. `SLM_TRACEBACK=1` shows where a mistake was found.
 """
 
+import keyword
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -19,7 +25,18 @@ from slm_jax.cli.script import guarded, parse, run
 from slm_jax.errors import UserError
 
 # A command's module defines `command(args)`; imported when it is called, for a quick `--help`.
-COMMANDS = ("train", "generate", "presets", "flops", "scaling")
+COMMANDS = (
+    "train",
+    "generate",
+    "solve",
+    "quantize",
+    "export",
+    "import",
+    "presets",
+    "flops",
+    "plan",
+    "scaling",
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -43,7 +60,8 @@ def _dispatch(words: list[str]) -> None:
     elif name == "--version":
         print(__version__)
     elif name in COMMANDS:
-        import_module(f"slm_jax.cli.{name}").command(words[1:])
+        module = f"{name}_" if keyword.iskeyword(name) else name
+        import_module(f"slm_jax.cli.{module}").command(words[1:])
     else:
         raise UserError(f"command={name!r} does not exist: choose from {', '.join(COMMANDS)}")
 

@@ -101,19 +101,7 @@ def compile_jobs(target: str, jobs: Sequence[Job], flags: Sequence[str] = ()) ->
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r} is unknown: choose from {', '.join(TARGETS)}")
-    environment = {
-        **os.environ,
-        # Last, so that the folder of libtpu hides no installed package.
-        "PYTHONPATH": os.pathsep.join(
-            [*filter(None, [os.environ.get("PYTHONPATH")]), str(find_libtpu())]
-        ),
-        "LIBTPU_INIT_ARGS": " ".join(flags),
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # no cloud to ask which machine this is
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two children may compile at a time
-        "JAX_ENABLE_COMPILATION_CACHE": "0",  # a program from the cache leaves no dump
-    }
-    environment.pop("XLA_FLAGS", None)  # those of the CPU tests
+    environment = child_environment(flags)
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         request, out = Path(folder) / "request.json", Path(folder) / "records.jsonl"
@@ -175,6 +163,36 @@ def _describe(equation: Any, runs: int) -> PallasCall:
         split=any("parallel" in str(axis).lower() for axis in semantics),
         runs=runs,
     )
+
+
+def pallas_calls(jaxpr: Any) -> list[PallasCall]:
+    """What the Pallas calls of a jaxpr, nested ones too, say of themselves."""
+    return [_describe(*found) for found in _pallas_equations(jaxpr)]
+
+
+def child_environment(flags: Sequence[str] = ()) -> dict[str, str]:
+    """The environment of a process that compiles for a TPU that is not there.
+
+    Args:
+        flags: of libtpu (`LIBTPU_INIT_ARGS`).
+
+    Raises:
+        FileNotFoundError: if libtpu is not installed.
+    """
+    environment = {
+        **os.environ,
+        # Last, so that the folder of libtpu hides no installed package.
+        "PYTHONPATH": os.pathsep.join(
+            [*filter(None, [os.environ.get("PYTHONPATH")]), str(find_libtpu())]
+        ),
+        "LIBTPU_INIT_ARGS": " ".join(flags),
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",  # no cloud to ask which machine this is
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two children may compile at a time
+        "JAX_ENABLE_COMPILATION_CACHE": "0",  # a program from the cache leaves no dump
+    }
+    environment.pop("XLA_FLAGS", None)  # those of the CPU tests
+    return environment
 
 
 def _compile(target: str, job: Job) -> dict[str, Any]:

@@ -87,7 +87,21 @@ class Slots:
     use: Mapping[str, float]
 
 
-def _trips(line: str, computations: Mapping[str, Sequence[str]]) -> int:
+def read_computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation of a program's text, and the name of the first to run."""
+    computations: dict[str, list[str]] = {}
+    body: list[str] | None = None
+    entry = ""
+    for line in hlo.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+            body = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif " = " in line and body is not None:
+            body.append(line.strip())
+    return computations, entry
+
+
+def trips(line: str, computations: Mapping[str, Sequence[str]]) -> int:
     """How often the loop of this line runs; 1 if it is none.
 
     XLA:TPU drops its own count from the text: the bound is the constant that the condition holds.
@@ -110,14 +124,7 @@ def operations(hlo: str) -> list[Operation]:
     Raises:
         ValueError: if a loop's length is not a constant.
     """
-    computations: dict[str, list[str]] = {}
-    entry = ""
-    for line in hlo.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-            body = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif " = " in line and computations:
-            body.append(line.strip())
+    computations, entry = read_computations(hlo)
 
     def walk(name: str, runs: int) -> Iterator[Operation]:
         for line in computations.get(name, ()):
@@ -126,12 +133,12 @@ def operations(hlo: str) -> list[Operation]:
             if pallas or cycles:
                 own = re.sub(r"^ROOT ", "", line).split(" = ")[0].lstrip("%")
                 yield Operation(own, int(cycles[1]) if cycles else None, runs, pallas)
-            trips = _trips(line, computations)
+            times = trips(line, computations)
             called = re.findall(r"(?:body|to_apply)=%?([\w.\-]+)", line)
             for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
                 called += re.findall(r"[\w.\-]+", branches)
             for other in called:
-                yield from walk(other, runs * trips)
+                yield from walk(other, runs * times)
 
     return list(walk(entry, 1))
 

@@ -1,0 +1,258 @@
+"""Compiles the training step of a run for a slice that is not there, in a child process.
+
+A child, because libtpu wants `JAX_PLATFORMS=cpu` and its flags before jax starts, and the caller
+has devices of its own.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slm_kernels.aot import compile as aot
+from slm_kernels.aot import find_libtpu, simulate
+
+import slm_jax
+from slm_jax.errors import UserError
+from slm_jax.plan.collectives import Collective, read_collectives
+from slm_jax.plan.slices import Slice
+from slm_jax.train import experiment, trm_experiment
+from slm_jax.train.experiment import Experiment
+from slm_jax.train.serialize import from_json, to_json
+from slm_jax.train.trm_experiment import TRMExperiment
+
+Run = Experiment | TRMExperiment
+
+_RUNS: dict[str, Any] = {"Experiment": Experiment, "TRMExperiment": TRMExperiment}
+_TIMEOUT = 3600  # seconds a compilation may take
+# Folders of slm_jax whose sources decide what is compiled.
+_SOURCES = ("models", "nn", "parallel", "plan", "train")
+_KEPT = Path(".cache/plan")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler said of a step. Bytes are of one device.
+
+    Attributes:
+        arguments: what the step is given, by class: weights, optimizer, average, carry, batch.
+        argument_bytes: all of it as the chip lays it out, padding included; 0 if it did not fit.
+        new_bytes: results that take no argument's place.
+        temporary_bytes: what it needs beside them; if it did not fit, all that it needs.
+        code_bytes: the program.
+        fits: whether there is a program.
+        refusal: why there is none.
+        collectives: of a step.
+        cycles: XLA's estimate for its own operations (not those of `pallas`, nor collectives), or
+            `None` if a loop has no known length.
+        pallas: Pallas calls of a step.
+        trace_seconds: wall time of tracing.
+        compile_seconds: wall time of compiling.
+    """
+
+    arguments: Mapping[str, int]
+    argument_bytes: int = 0
+    new_bytes: int = 0
+    temporary_bytes: int = 0
+    code_bytes: int = 0
+    fits: bool = True
+    refusal: str = ""
+    collectives: Sequence[Collective] = ()
+    cycles: int | None = None
+    pallas: Sequence[aot.PallasCall] = field(default_factory=tuple)
+    trace_seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of a step."""
+        return self.argument_bytes + self.new_bytes + self.temporary_bytes + self.code_bytes
+
+
+def compile_run(run: Run, where: Slice, *, kept: Path | None = _KEPT) -> Compiled:
+    """Compiles the step of a run for a slice.
+
+    Args:
+        run: the configuration; `run.mesh` is resolved on the devices of the slice.
+        where: the slice.
+        kept: folder of results by what they depend on, sources included; `None` keeps none.
+
+    Raises:
+        UserError: if libtpu is not installed, the run does not divide over the mesh, or the
+            compiler gives up for another reason than memory.
+    """
+    try:
+        libtpu = find_libtpu()
+    except FileNotFoundError as e:
+        raise UserError(str(e)) from None
+    # What has no influence on the program.
+    same = {"seed": 0, "steps": 1, "out": "runs/plan", "overwrite": False}
+    request = {"run": to_json(run) | same, "topology": where.topology}
+    path = None if kept is None else kept / f"{_key(request, libtpu)}.json"
+    if path is None or not path.exists():
+        answer = _ask(request)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Whole or not at all: others may read it.
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(answer))
+            part.replace(path)
+    else:
+        answer = json.loads(path.read_text())
+    return _read(answer)
+
+
+def _key(request: Mapping[str, Any], libtpu: Path) -> str:
+    """Hash of all that decides what the answer is."""
+    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
+    found = importlib.metadata.distributions(path=[str(libtpu)])
+    (compiler,) = {d.version for d in found if d.name == "libtpu"}
+    digest.update(f"{importlib.metadata.version('jax')} {compiler}".encode())
+    package, kernels = Path(slm_jax.__file__).parent, Path(aot.__file__).parents[1]
+    for folder in (*(package / name for name in _SOURCES), kernels):
+        for source in sorted(folder.rglob("*.py")):
+            name = source.relative_to(folder).as_posix()
+            digest.update(name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the child."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "request.json", Path(folder) / "answer.json"
+        given.write_text(json.dumps(request))
+        try:
+            child = subprocess.run(
+                [sys.executable, "-m", "slm_jax.plan.program", str(given), str(out)],
+                env=aot.child_environment(),
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"the compiler took more than {_TIMEOUT} s: plan a smaller run"
+            ) from None
+        if not out.exists():
+            last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+            raise UserError(f"the compiler ended without an answer: {last[0][:300]}")
+        answer: dict[str, Any] = json.loads(out.read_text())
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer
+
+
+def _read(answer: Mapping[str, Any]) -> Compiled:
+    collectives = [Collective(**c) for c in answer.get("collectives", ())]
+    pallas = [aot.PallasCall(**c) for c in answer.get("pallas", ())]
+    return Compiled(**{**answer, "collectives": collectives, "pallas": pallas})
+
+
+def refusal_bytes(message: str) -> int | None:
+    """Bytes that a program needed which libtpu refused for its memory; `None`: another reason.
+
+    It says "Used 17.2G of 15.75G hbm", or earlier "the total memory required for HLO temporaries
+    (20.80G) exceeds available HBM (15.75G)".
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    told = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message) or re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds available HBM", message
+    )
+    return None if told is None else round(float(told[1]) * 1024 ** (" KMGT".index(told[2])))
+
+
+def _compile(run: Run, topology: str) -> dict[str, Any]:
+    """Runs in the child: the fields of `Compiled`."""
+    import jax
+    from jax.experimental import topologies
+
+    from slm_jax.parallel import make_mesh
+    from slm_jax.train.step import lower_step
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(run.mesh, devices)
+    start = time.perf_counter()
+    if isinstance(run, Experiment):
+        step, batch = experiment.step_inputs(run)
+    else:
+        step, batch = trm_experiment.step_inputs(run)
+    lowered = lower_step(step, mesh, batch)
+    traced = time.perf_counter()
+
+    def nbytes(tree: Any) -> int:
+        leaves = jax.tree.leaves(tree)
+        sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+        return sum(sizes)
+
+    state = lowered.state
+    answer: dict[str, Any] = {
+        "arguments": {
+            "weights": nbytes(state.model),
+            "optimizer": nbytes(state.optimizer),
+            "average": nbytes(state.ema),
+            "carry": nbytes(state.carry),
+            "batch": nbytes(lowered.batch),
+        },
+        "trace_seconds": traced - start,
+    }
+    try:
+        compiled = lowered.step.compile()
+    except jax.errors.JaxRuntimeError as e:
+        needed = refusal_bytes(str(e))
+        if needed is None:
+            raise
+        seconds = time.perf_counter() - traced
+        return answer | {
+            "fits": False,
+            "refusal": str(e).splitlines()[0][:300],
+            "temporary_bytes": needed,
+            "compile_seconds": seconds,
+        }
+    seconds = time.perf_counter() - traced
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert hlo is not None
+    try:
+        cycles = sum(op.runs * (op.cycles or 0) for op in simulate.operations(hlo) if not op.pallas)
+    except ValueError:
+        cycles = None
+    return answer | {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "new_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "collectives": [asdict(c) for c in read_collectives(hlo, mesh.size)],
+        "cycles": cycles,
+        "pallas": [asdict(c) for c in aot.pallas_calls(lowered.jaxpr)],
+        "compile_seconds": seconds,
+    }
+
+
+def main(given: str, out: str) -> None:
+    """The child: reads the request, writes the answer or a mistake of the user's."""
+    request = json.loads(Path(given).read_text())
+    kind: Any = _RUNS[request["run"]["type"]]
+    try:
+        answer = _compile(from_json(kind, request["run"]), request["topology"])
+    except UserError as e:
+        answer = {"error": str(e)}
+    except Exception as e:
+        message = " ".join(str(e).split()) or "no message"
+        answer = {"error": f"the compiler refused the step: {type(e).__name__}: {message[:500]}"}
+    Path(out).write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
