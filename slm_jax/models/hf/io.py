@@ -157,7 +157,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     if not (folder / WEIGHTS).is_file():
         if not (folder / INDEX).is_file():
             raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}: save it as safetensors")
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        names = _listed(folder)
     files = {}
     for name in names:
         try:
@@ -166,6 +166,19 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
             raise UserError(f"{folder / name} cannot be read ({error}): copy it again") from error
         files.update({tensor: file for tensor in file.keys()})  # noqa: SIM118, no iterator
     return files
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files that an index names; UserError unless they are plain names in this folder."""
+    weights = _read_json(folder / INDEX).get("weight_map")
+    names: list[Any] = list(weights.values()) if isinstance(weights, dict) else [weights]
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise UserError(
+                f"{folder / INDEX} names the file {str(name)[:60]!r}: only files of its own folder "
+                "are read"
+            )
+    return sorted(set(names))
 
 
 def _drop_tied_head(folder: Path, files: dict[str, Any], embed: str) -> None:

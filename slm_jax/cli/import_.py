@@ -1,0 +1,62 @@
+"""`slm import`: a model of someone else's as a folder that our commands read."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from slm_jax.cli.export import folder_sizes, kinds, size_rows
+from slm_jax.cli.load import load
+from slm_jax.cli.script import parse
+from slm_jax.cli.show import console, count, facts, nbytes
+from slm_jax.export.gguf import Sizes, load_gguf, load_gguf_tokenizer
+from slm_jax.models.hf import HFTokenizer, load_hf, save_hf
+from slm_jax.models.lm import LM
+
+
+@dataclass(frozen=True)
+class Import:
+    """Reads a .gguf file or a Hugging Face folder, writes float32 safetensors."""
+
+    file: tyro.conf.Positional[Path]
+    """A .gguf file of llama.cpp, or the folder of a Hugging Face model."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write, in Hugging Face's form; `slm generate` continues texts with it."""
+    tokenizer: bool = True
+    """Write the tokenizer too."""
+    overwrite: bool = False
+    """Replace a model in `out`."""
+
+
+def command(args: Sequence[str]) -> None:
+    """Reads, writes and reports."""
+    config = parse(Import, args=args, prog="slm import")
+    start = time.perf_counter()
+    model, tokenizer, sizes = _load(config)
+    read = time.perf_counter()
+    save_hf(model, config.out, tokenizer=tokenizer, overwrite=config.overwrite)
+    written = folder_sizes(model, config.out)
+    rows = {
+        "file": f"{config.file}, {sizes.arch}, {kinds(sizes)}",
+        **size_rows(sizes),
+        "model": f"{count(sizes.parameters)} parameters",
+        "tokenizer": "left out" if tokenizer is None else f"{tokenizer.vocab_size:,} tokens",
+        "out": f"{config.out}, {nbytes(written.nbytes)} in float32",
+        "time": f"{read - start:.1f} s to read, {time.perf_counter() - read:.1f} s to write",
+    }
+    console().print(facts(rows))
+
+
+def _load(config: Import) -> tuple[LM, HFTokenizer | None, Sizes]:
+    if config.file.is_dir():
+        if not config.tokenizer:
+            model = load_hf(config.file)
+            return model, None, folder_sizes(model, config.file)
+        model, tokenizer, _ = load(config.file)
+        return model, tokenizer, folder_sizes(model, config.file)
+    model, sizes = load_gguf(config.file)
+    if not config.tokenizer:
+        return model, None, sizes
+    return model, load_gguf_tokenizer(config.file, model.config.vocab_size), sizes

@@ -1,0 +1,72 @@
+"""The folders that commands read language models from: runs, quantised and Hugging Face ones."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers
+
+from slm_jax.compress.io import TOKENIZER, is_quantised_folder, load_quantised
+from slm_jax.data import Tokenizer, load_tokenizer
+from slm_jax.errors import UserError
+from slm_jax.models.hf import load_hf
+from slm_jax.models.lm import LM, LMConfig
+from slm_jax.train.experiment import load_model, load_run_tokenizer
+from slm_jax.train.folder import CONFIG_FILE
+from slm_jax.train.serialize import from_json
+
+
+def load(folder: Path, *, ema: bool = False) -> tuple[LM, Tokenizer, np.ndarray]:
+    """Model, tokenizer, and the ids (int32) that the model expects before every text.
+
+    Args:
+        folder: of a training run, of `slm quantize`, or of a Hugging Face model.
+        ema: the average of the weights that a run kept.
+
+    Raises:
+        UserError: if it is none of these, or damaged.
+    """
+    one_set = "holds one set of weights: leave out ema"
+    if is_quantised_folder(folder):
+        if ema:
+            raise UserError(f"ema=True: {folder} is a quantised model and {one_set}")
+        return _load_quantised(folder)
+    if not is_hf(folder):
+        tokenizer = load_run_tokenizer(folder)
+        return load_model(folder, ema=ema)[0], tokenizer, np.zeros(0, np.int32)
+    if ema:
+        raise UserError(f"ema=True: {folder} is a Hugging Face model and {one_set}")
+    file = folder / "tokenizer.json"
+    tokenizer = load_tokenizer(str(file))
+    # What its post-processor puts around an empty text: the beginning of text, if it has one.
+    prefix = tokenizers.Tokenizer.from_file(str(file)).encode("").ids
+    return load_hf(folder), tokenizer, np.asarray(prefix, np.int32)
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face model."""
+    try:
+        return "model_type" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # `load_experiment` says what is wrong
+
+
+def _load_quantised(folder: Path) -> tuple[LM, Tokenizer, np.ndarray]:
+    model, manifest = load_quantised(folder, functools.partial(_abstract, folder))
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    prefix = manifest.get("prefix", [])
+    if not isinstance(prefix, list) or not all(isinstance(i, int) for i in prefix):
+        raise UserError(f"{folder}: prefix={prefix!r} is no list of token ids: quantise again")
+    return model, tokenizer, np.asarray(prefix, np.int32)
+
+
+def _abstract(folder: Path, data: Any) -> LM:
+    """The float model of a saved configuration, shapes only."""
+    try:
+        config = from_json(LMConfig, data)
+        return jax.eval_shape(lambda key: LM(config, key), jax.random.key(0))
+    except (TypeError, ValueError, ArithmeticError) as error:  # UserError is a ValueError
+        raise UserError(f"{folder} describes no model ({error}): quantise again") from error
