@@ -10,8 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 logger = logging.getLogger("slm_kernels")
 
-KERNELS = ("tpu",)
+KERNELS = ("tpu", "gpu", "cudnn")
 """Implementations that see one device's part of the arrays."""
+
+# In the names that the driver gives to GPUs of compute capability 9.0.
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 @functools.cache
@@ -46,6 +49,14 @@ def platform() -> str:
     """`"cpu"`, `"gpu"` or `"tpu"`: what the mesh in use is made of, or the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def on_hopper() -> bool:
+    """Whether the mesh in use, or the default backend, is made of Hopper GPUs (H100, H200, ...)."""
+    if platform() != "gpu":
+        return False
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return any(name in device.device_kind for name in _HOPPER)
 
 
 def spec_of(array: jax.Array) -> P:

@@ -15,6 +15,9 @@ around it (transposes, sums) is one more row, from the compiler's own estimate. 
     bound       which of these is the largest
     spills      bundles that touch a spilled register, of all bundles of the program
     MXU ...     slots taken, of those that the program's bundles have
+
+For `--target h100` there is no simulator: `slm_kernels.aot.gpu` prints what ptxas and the machine
+code say (registers, spills, shared memory, counts of wgmma, TMA and MUFU instructions).
 """
 
 import argparse
@@ -25,8 +28,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from slm_kernels.aot import TARGETS, Job, Target, compile_jobs, simulate
+from slm_kernels.aot import TARGETS, Job, Target, compile_jobs, gpu, simulate
 from slm_kernels.aot.compile import PallasCall
+from slm_kernels.aot.gpu_targets import GPU_TARGETS, Kernel
 from slm_kernels.cases import CASES, Work
 
 _UNITS = ("MXU", "VALU", "EUP")
@@ -246,7 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m slm_kernels.profile", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("kernel", choices=CASES, help="what to profile (slm_kernels.cases)")
-    parser.add_argument("--target", choices=TARGETS, default="v5e", help="TPU (default v5e)")
+    parser.add_argument(
+        "--target", choices=[*TARGETS, *GPU_TARGETS], default="v5e", help="(default v5e)"
+    )
     parser.add_argument("--shape", nargs="+", default=[""], metavar="S=4096,D=128", help="sizes")
     parser.add_argument("--against", choices=("jax", "xla"), help="profile this one too")
     parser.add_argument("--backward", action="store_true", help="forward and gradients")
@@ -257,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    for limit in simulate.LIMITS:
+    for limit in gpu.LIMITS if args.target in GPU_TARGETS else simulate.LIMITS:
         print(f"* {limit}")
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -267,13 +273,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> list[dict[str, object]]:
     shapes = [parse_shape(text, CASES[args.kernel].shape) for text in args.shape]
     results: list[dict[str, object]] = []
+    on_gpu = args.target in GPU_TARGETS
+    if on_gpu and args.against == "jax":
+        raise ValueError("against='jax': its kernels are for TPUs: choose 'xla', or a TPU")
     for shape in shapes:
-        for implementation in ["tpu", *filter(None, [args.against])]:
-            rows = profile(args.kernel, args.target, shape, implementation, args.backward)
+        for implementation in ["gpu" if on_gpu else "tpu", *filter(None, [args.against])]:
+            use = args.kernel, args.target, shape, implementation, args.backward
+            rows: Sequence[Row] | Sequence[Kernel]
+            if on_gpu:
+                record = gpu.profile(*use)
+                least = CASES[args.kernel].work(shape, args.backward)
+                text, rows = gpu.table(record, least, GPU_TARGETS[args.target]), record.kernels
+            else:
+                rows = profile(*use)
+                text = table(rows)
             sizes = ",".join(f"{axis}={n}" for axis, n in shape.items())
             passes = "forward and backward" if args.backward else "forward"
             print(f"{args.kernel} {sizes} on {args.target}, {passes}: {implementation}")
-            print(table(rows) + "\n", flush=True)
+            print(text + "\n", flush=True)
             results.append(
                 {
                     "kernel": args.kernel,

@@ -5,18 +5,30 @@ import functools
 import jax
 from jax.sharding import PartitionSpec as P
 
+from slm_kernels.attention.cudnn import attention_cudnn
+from slm_kernels.attention.gpu import attention_gpu, refusal
 from slm_kernels.attention.reference import attention_reference
 from slm_kernels.attention.tpu import attention_tpu
 from slm_kernels.attention.xla import attention_xla
-from slm_kernels.dispatch import KERNELS, per_shard, pick, platform, spec_of, whole_rows
+from slm_kernels.dispatch import (
+    KERNELS,
+    on_hopper,
+    per_shard,
+    pick,
+    platform,
+    spec_of,
+    whole_rows,
+)
 
 IMPLEMENTATIONS = {
     "reference": attention_reference,
     "xla": attention_xla,
     "tpu": attention_tpu,
+    "gpu": attention_gpu,
+    "cudnn": attention_cudnn,
 }
 
-# Queries from which on the TPU kernel is the default there: below, its tiles are mostly padding.
+# Queries from which on a kernel is the default: below, its tiles are mostly padding.
 _FEW_QUERIES = 128
 
 
@@ -57,15 +69,16 @@ def attention(
         window: width of the sliding window, or `None`.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2), or `None`.
         scale: multiplies the scores; default head_dim^-1/2.
-        implementation: `"reference"`, `"xla"`, `"tpu"`, or `None`: on a TPU `"tpu"` for 128
-            queries or more, everywhere else `"xla"`.
+        implementation: `"reference"`, `"xla"`, `"tpu"`, `"gpu"` (Hopper), `"cudnn"` (NVIDIA's,
+            without documents and soft-cap), or `None`: for 128 queries or more `"tpu"` on a TPU
+            and `"gpu"` on a Hopper GPU where it takes the arguments, else `"xla"`.
 
     Returns:
         `[B, S, n_heads, head_dim]` in the dtype of `q`; softmax in float32.
 
     Raises:
-        ValueError: on shapes that do not fit, an unknown implementation, or a kernel asked to
-            work on rows that are split along the sequence.
+        ValueError: on shapes that do not fit, an unknown implementation, or a kernel asked for
+            what it does not do, such as to work on rows that are split along the sequence.
     """
     n_heads, n_kv_heads = q.shape[2], k.shape[2]
     if n_heads % n_kv_heads:
@@ -76,17 +89,16 @@ def attention(
         raise ValueError(f"in_order=True needs as many keys as queries: q{q.shape}, k{k.shape}")
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("q_segments and kv_segments are given together or not at all")
-    on_tpu = platform() == "tpu" and q.shape[1] >= _FEW_QUERIES
-    name, run = pick(
-        "attention", implementation, IMPLEMENTATIONS, default="tpu" if on_tpu else "xla"
-    )
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    default = "xla"
+    if q.shape[1] >= _FEW_QUERIES:
+        if platform() == "tpu":
+            default = "tpu"
+        elif on_hopper() and refusal(q, k, v, scale) is None:
+            default = "gpu"
+    name, run = pick("attention", implementation, IMPLEMENTATIONS, default)
     run = functools.partial(
-        run,
-        causal=causal,
-        in_order=in_order,
-        window=window,
-        softcap=softcap,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        run, causal=causal, in_order=in_order, window=window, softcap=softcap, scale=scale
     )
     arrays = {
         "q": q,
