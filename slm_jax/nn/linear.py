@@ -83,20 +83,24 @@ class Linear(nnx.Module):
         Returns:
             `[..., *out]` (`[*batch, ..., *out]`), split as `x` and the out axes are.
         """
-        n_batch, n_in = len(self.batch_axes), len(self.in_axes)
-        w = gather(self.w[...], self.weight_axes).astype(x.dtype)
-        lead = lead_spec(x, x.ndim - n_in)
-        if n_batch or not lead or any(lead[1:]):
-            y = self._contract(x, w, lead, out_dtype)
-        else:
-            y = self._contract_flat(x, w, lead, out_dtype)
-        if self.b is not None:
-            n_free = x.ndim - n_batch - n_in
-            bias = self.b[...].reshape(
-                *self.b.shape[:n_batch], *(1,) * n_free, *self.b.shape[n_batch:]
-            )
-            y = y + bias.astype(y.dtype)
-        return y
+        w = self.weight(x.dtype)
+        lead = lead_spec(x, x.ndim - len(self.in_axes))
+        if self.batch_axes or not lead or any(lead[1:]):
+            return self.add_bias(self._contract(x, w, lead, out_dtype))
+        return self.add_bias(self._contract_flat(x, w, lead, out_dtype))
+
+    def weight(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The matrix as it is multiplied: `[*batch, *in, *out]`, gathered over `fsdp`."""
+        return gather(self.w[...], self.weight_axes).astype(dtype)
+
+    def add_bias(self, y: jax.Array) -> jax.Array:
+        """Adds the bias, if there is one, to `[*batch, ..., *out]`."""
+        if self.b is None:
+            return y
+        n_batch = len(self.batch_axes)
+        ones = (1,) * (y.ndim - n_batch - len(self.out_axes))
+        bias = self.b[...].reshape(*self.b.shape[:n_batch], *ones, *self.b.shape[n_batch:])
+        return y + bias.astype(y.dtype)
 
     def _contract(
         self, x: jax.Array, w: jax.Array, lead: tuple[Any, ...], dtype: jax.typing.DTypeLike | None
@@ -114,7 +118,7 @@ class Linear(nnx.Module):
             batch + inner + outer,
             batch + free + outer,
             preferred_element_type=dtype,
-            out_sharding=_split(*lead, *spec(self.out_axes, gathered=True)),
+            out_sharding=result_split(*lead, *spec(self.out_axes, gathered=True)),
         )
 
     def _contract_flat(
@@ -131,12 +135,12 @@ class Linear(nnx.Module):
         ins, out = spec(self.in_axes, gathered=True), spec(self.out_axes, gathered=True)
         y = jnp.einsum(
             "ik,kj->ij",
-            jnp.reshape(x, (math.prod(rows), k), out_sharding=_split(lead[0], ins[0])),
-            jnp.reshape(w, (k, math.prod(outs)), out_sharding=_split(ins[0], out[0])),
+            jnp.reshape(x, (math.prod(rows), k), out_sharding=result_split(lead[0], ins[0])),
+            jnp.reshape(w, (k, math.prod(outs)), out_sharding=result_split(ins[0], out[0])),
             preferred_element_type=dtype,
-            out_sharding=_split(lead[0], out[0]),
+            out_sharding=result_split(lead[0], out[0]),
         )
-        return jnp.reshape(y, (*rows, *outs), out_sharding=_split(*lead, *out))
+        return jnp.reshape(y, (*rows, *outs), out_sharding=result_split(*lead, *out))
 
     def grouped(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """Rows sorted by expert times each expert's own matrix (no capacity, nothing dropped).
@@ -148,7 +152,7 @@ class Linear(nnx.Module):
         Returns:
             `[rows, out]` in the dtype of `x`.
         """
-        return grouped_matmul(x, self.w[...].astype(x.dtype), group_sizes)
+        return grouped_matmul(x, self.weight(x.dtype), group_sizes)
 
 
 class Embedding(nnx.Module):
@@ -171,15 +175,15 @@ class Embedding(nnx.Module):
         lead, (vocab,) = lead_spec(x, x.ndim - 1), spec(("vocab",), gathered=True)
         rows = x
         if lead and not any(lead[1:]):  # as in `Linear._contract_flat`
-            rows = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=_split(lead[0], None))
+            rows = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=result_split(lead[0], None))
         y = jnp.einsum(
             "...d,vd->...v",
             rows,
             w,
             preferred_element_type=jnp.float32,
-            out_sharding=_split(*lead[: rows.ndim - 1], vocab),
+            out_sharding=result_split(*lead[: rows.ndim - 1], vocab),
         )
-        return jnp.reshape(y, (*x.shape[:-1], w.shape[0]), out_sharding=_split(*lead, vocab))
+        return jnp.reshape(y, (*x.shape[:-1], w.shape[0]), out_sharding=result_split(*lead, vocab))
 
 
 def look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
@@ -191,6 +195,6 @@ def look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
     return table.at[rows].get(out_sharding=P(*lead_spec(rows, rows.ndim), None))
 
 
-def _split(*entries: Any) -> P | None:
+def result_split(*entries: Any) -> P | None:
     """How a result is to be split: said on an Explicit mesh only."""
     return P(*entries) if has_mesh() else None

@@ -190,7 +190,7 @@ class Mamba(nnx.Module):
         u = jax.nn.silu(u)
         if real is not None:
             u = jnp.where(real, u, 0)
-        rank = self.dt.w.shape[0]
+        rank = c.resolved_dt_rank(x.shape[-1])
         dt, b, cc = jnp.split(self.select(u), [rank, rank + c.d_state], axis=-1)
         if self.norms is not None:
             dt, b, cc = (norm(a) for norm, a in zip(self.norms, (dt, b, cc), strict=True))
