@@ -1,4 +1,4 @@
-"""`slm plan`: memory, communication and least time of a run on TPUs that are not there."""
+"""`slm plan`: memory, communication and least time of a run on devices that are not there."""
 
 import sys
 import textwrap
@@ -14,19 +14,19 @@ from slm_jax.models.lm import LMConfig
 from slm_jax.models.presets import PRESETS
 from slm_jax.plan import Plan, compile_run, find_slice, make_plan
 from slm_jax.plan.report import remedies
-from slm_jax.plan.slices import Slice, slice_names
+from slm_jax.plan.slices import Node, Slice, slice_names
 from slm_jax.train.experiment import Experiment
 from slm_jax.train.trm_experiment import TRMExperiment
 from slm_jax.train.trm_presets import TRM_PRESETS
 
-DESCRIPTION = f"""Compiles the training step of a run for a TPU slice that is not there, and says
-what it would need: slm plan [PRESET] --on SLICE [OPTIONS].
+DESCRIPTION = f"""Compiles the training step of a run for a TPU slice or a node of GPUs that is not
+there, and says what it would need: slm plan [PRESET] --on SLICE [OPTIONS].
 
 The preset comes first, {DEFAULT_PRESET} by default; options are those of `slm train`. A run of a
 language model has one row a device, of the model's context or 4096 tokens, unless --batch-size and
 --seq-len say otherwise.
 
-Slices (--on): {textwrap.fill(", ".join(slice_names()), width=80)}
+Slices and nodes (--on): {textwrap.fill(", ".join(slice_names()), width=80)}
 
 Language models: {preset_list()}
 
@@ -68,7 +68,7 @@ def command(args: Sequence[str]) -> None:
     out.print(facts(_times(plan)))
 
 
-def _split_slice(args: Sequence[str]) -> tuple[Slice, list[str]]:
+def _split_slice(args: Sequence[str]) -> tuple[Slice | Node, list[str]]:
     """The slice that `--on` names, and the other words."""
     words = [
         part for word in args for part in (word.split("=", 1) if word[:5] == "--on=" else [word])
@@ -146,7 +146,10 @@ def _times(plan: Plan) -> dict[str, str]:
             f"{sum(call.runs for call in c.pallas):,} calls of Pallas kernels at their roofline"
         )
     else:
-        rows["compiler's estimate"] = "none: a loop's length depends on data"
+        why = (
+            "no GPU is simulated" if isinstance(where, Node) else "a loop's length depends on data"
+        )
+        rows["compiler's estimate"] = f"none: {why}"
     total = run.steps * plan.model_flops
     rows["training"] = (
         f"{run.steps:,} steps, {count(total)}FLOP: at least {_hours(run.steps * bound)}, at "

@@ -1,4 +1,4 @@
-"""Compiles the training step of a run for a slice that is not there, in a child process.
+"""Compiles the training step of a run for devices that are not there, in a child process.
 
 A child, because libtpu wants `JAX_PLATFORMS=cpu` and its flags before jax starts, and the caller
 has devices of its own.
@@ -21,11 +21,13 @@ from typing import Any
 
 from slm_kernels.aot import compile as aot
 from slm_kernels.aot import find_libtpu, simulate
+from slm_kernels.aot.gpu import describe_gpus, gpu_environment
+from slm_kernels.aot.gpu_targets import GPU_TARGETS
 
 import slm_jax
 from slm_jax.errors import UserError
 from slm_jax.plan.collectives import Collective, read_collectives
-from slm_jax.plan.slices import Slice
+from slm_jax.plan.slices import Node, Slice
 from slm_jax.train import experiment, trm_experiment
 from slm_jax.train.experiment import Experiment
 from slm_jax.train.serialize import from_json, to_json
@@ -54,7 +56,7 @@ class Compiled:
         refusal: why there is none.
         collectives: of a step.
         cycles: XLA's estimate for its own operations (not those of `pallas`, nor collectives), or
-            `None` if a loop has no known length.
+            `None` if a loop has no known length, or on a GPU.
         pallas: Pallas calls of a step.
         trace_seconds: wall time of tracing.
         compile_seconds: wall time of compiling.
@@ -79,28 +81,31 @@ class Compiled:
         return self.argument_bytes + self.new_bytes + self.temporary_bytes + self.code_bytes
 
 
-def compile_run(run: Run, where: Slice, *, kept: Path | None = _KEPT) -> Compiled:
-    """Compiles the step of a run for a slice.
+def compile_run(run: Run, where: Slice | Node, *, kept: Path | None = _KEPT) -> Compiled:
+    """Compiles the step of a run for a slice or node.
 
     Args:
-        run: the configuration; `run.mesh` is resolved on the devices of the slice.
-        where: the slice.
+        run: the configuration; `run.mesh` is resolved on the devices.
+        where: the devices.
         kept: folder of results by what they depend on, sources included; `None` keeps none.
 
     Raises:
-        UserError: if libtpu is not installed, the run does not divide over the mesh, or the
+        UserError: if the compiler is not installed, the run does not divide over the mesh, or the
             compiler gives up for another reason than memory.
     """
     try:
-        libtpu = find_libtpu()
+        if isinstance(where, Slice):
+            environment, compiler = aot.child_environment(), _libtpu_version()
+        else:
+            environment, compiler = gpu_environment(), "cuda"
     except FileNotFoundError as e:
         raise UserError(str(e)) from None
     # What has no influence on the program.
     same = {"seed": 0, "steps": 1, "out": "runs/plan", "overwrite": False}
     request = {"run": to_json(run) | same, "topology": where.topology}
-    path = None if kept is None else kept / f"{_key(request, libtpu)}.json"
+    path = None if kept is None else kept / f"{_key(request, compiler)}.json"
     if path is None or not path.exists():
-        answer = _ask(request)
+        answer = _ask(request, environment)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Whole or not at all: others may read it.
@@ -109,14 +114,29 @@ def compile_run(run: Run, where: Slice, *, kept: Path | None = _KEPT) -> Compile
             part.replace(path)
     else:
         answer = json.loads(path.read_text())
-    return _read(answer)
+    found = _read(answer)
+    used = found.device_bytes
+    if isinstance(where, Node) and used > where.hbm:  # it compiles all the same
+        return Compiled(
+            found.arguments,
+            temporary_bytes=used,
+            fits=False,
+            refusal=f"{used} bytes of {where.hbm:.0f}",
+            trace_seconds=found.trace_seconds,
+            compile_seconds=found.compile_seconds,
+        )
+    return found
 
 
-def _key(request: Mapping[str, Any], libtpu: Path) -> str:
+def _libtpu_version() -> str:
+    found = importlib.metadata.distributions(path=[str(find_libtpu())])
+    (version,) = {d.version for d in found if d.name == "libtpu"}
+    return version
+
+
+def _key(request: Mapping[str, Any], compiler: str) -> str:
     """Hash of all that decides what the answer is."""
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
-    found = importlib.metadata.distributions(path=[str(libtpu)])
-    (compiler,) = {d.version for d in found if d.name == "libtpu"}
     digest.update(f"{importlib.metadata.version('jax')} {compiler}".encode())
     package, kernels = Path(slm_jax.__file__).parent, Path(aot.__file__).parents[1]
     for folder in (*(package / name for name in _SOURCES), kernels):
@@ -126,7 +146,7 @@ def _key(request: Mapping[str, Any], libtpu: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+def _ask(request: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     """Runs the child."""
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -134,7 +154,7 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
         try:
             child = subprocess.run(
                 [sys.executable, "-m", "slm_jax.plan.program", str(given), str(out)],
-                env=aot.child_environment(),
+                env=environment,
                 capture_output=True,
                 text=True,
                 timeout=_TIMEOUT,
@@ -181,7 +201,12 @@ def _compile(run: Run, topology: str) -> dict[str, Any]:
     from slm_jax.parallel import make_mesh
     from slm_jax.train.step import lower_step
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    kind, _, shape = topology.partition(":")
+    on_gpu = kind in GPU_TARGETS
+    if on_gpu:
+        devices = describe_gpus(kind, int(shape.rpartition("x")[2]))
+    else:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(run.mesh, devices)
     start = time.perf_counter()
     if isinstance(run, Experiment):
@@ -224,10 +249,14 @@ def _compile(run: Run, topology: str) -> dict[str, Any]:
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert hlo is not None
+    cycles = None
     try:
-        cycles = sum(op.runs * (op.cycles or 0) for op in simulate.operations(hlo) if not op.pallas)
+        if not on_gpu:  # which nothing simulates
+            cycles = sum(
+                op.runs * (op.cycles or 0) for op in simulate.operations(hlo) if not op.pallas
+            )
     except ValueError:
-        cycles = None
+        pass
     return answer | {
         "argument_bytes": memory.argument_size_in_bytes,
         "new_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,

@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from slm_kernels.aot import Target
+
 from slm_jax.models.flops import training_flops
 from slm_jax.models.trm_flops import recomputed_flops
 from slm_jax.parallel import MESH_AXES
 from slm_jax.plan.program import Compiled, Run
-from slm_jax.plan.slices import Slice
+from slm_jax.plan.slices import Node, Slice
 from slm_jax.train.experiment import Experiment
 from slm_jax.train.trm_experiment import step_flops
 
@@ -19,7 +21,7 @@ class Plan:
 
     Attributes:
         run: the configuration.
-        where: the slice.
+        where: the devices.
         mesh: devices along each axis.
         compiled: what the compiler said.
         model_flops: operations that count for the MFU.
@@ -27,7 +29,7 @@ class Plan:
     """
 
     run: Run
-    where: Slice
+    where: Slice | Node
     mesh: Mapping[str, int]
     compiled: Compiled
     model_flops: float
@@ -65,9 +67,9 @@ class Plan:
 
         Collectives are not in it, as if all were hidden behind other work.
         """
-        if self.compiled.cycles is None:
-            return None
         device = self.where.device
+        if self.compiled.cycles is None or not isinstance(device, Target):
+            return None
         kernels = sum(
             call.runs * max(call.flops / device.flops, call.bytes / device.bandwidth)
             for call in self.compiled.pallas
@@ -83,7 +85,7 @@ class Plan:
         return self.mfu(1.0) / share
 
 
-def make_plan(run: Run, where: Slice, compiled: Compiled) -> Plan:
+def make_plan(run: Run, where: Slice | Node, compiled: Compiled) -> Plan:
     """Adds what is counted from the configuration."""
     if isinstance(run, Experiment):
         tokens = run.batch_size * run.seq_len

@@ -1,4 +1,4 @@
-"""TPU slices by the names that Google Cloud gives them."""
+"""TPU slices by the names that Google Cloud gives them, and nodes of GPUs."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from slm_kernels.aot import TARGETS, Target
+from slm_kernels.aot.gpu_targets import GPU_TARGETS, GpuTarget
 
 from slm_jax.errors import UserError
 
@@ -114,27 +115,74 @@ class Slice:
         return max(links, 1) * generation.link / generation.devices_per_chip
 
 
+@dataclass(frozen=True)
+class Node:
+    """GPUs that NVLink joins.
+
+    Attributes:
+        name: as in `h100-8`.
+        kind: key of `GPU_TARGETS`.
+        devices: how many.
+    """
+
+    name: str
+    kind: str
+    devices: int
+
+    @property
+    def chips(self) -> int:
+        """GPUs."""
+        return self.devices
+
+    @property
+    def topology(self) -> str:
+        """The name that jax's plugin knows the node by."""
+        return f"{self.kind}:1x1x{self.devices}"
+
+    @property
+    def device(self) -> GpuTarget:
+        """Peaks of one GPU."""
+        return GPU_TARGETS[self.kind]
+
+    @property
+    def hbm(self) -> float:
+        """Bytes that a program may use: the compiler refuses nothing, and the driver needs some."""
+        return 0.95 * self.device.memory
+
+    @property
+    def interconnect(self) -> float:
+        """Bytes/s that one GPU can send: fourth-generation NVLink, 900 GB/s both ways."""
+        return 450e9
+
+
+_NODES = (1, 2, 4, 8)
+
+
 def slice_names() -> list[str]:
-    """Every name, smallest slices first."""
+    """Every name of a slice or node, the smallest of a kind first."""
     return [
         f"tpu-{kind}-{chips * generation.named_per_chip}"
         for kind, generation in _GENERATIONS.items()
         for chips in generation.shapes
-    ]
+    ] + [f"{kind}-{number}" for kind in GPU_TARGETS for number in _NODES]
 
 
-def find_slice(name: str) -> Slice:
-    """The slice called `name`: `tpu-v5e-256`. Of v5p and tpu7x the number counts TensorCores.
+def find_slice(name: str) -> Slice | Node:
+    """What is called `name`: `tpu-v5e-256`, `h100-8`. Of v5p and tpu7x it counts TensorCores.
 
     Raises:
         UserError: if there is none.
     """
+    gpu = re.fullmatch(rf"({'|'.join(GPU_TARGETS)})-(\d+)", name.lower())
+    if gpu is not None and int(gpu[2]) in _NODES:
+        return Node(name.lower(), gpu[1], int(gpu[2]))
     kinds = "|".join(_GENERATIONS)
     found = re.fullmatch(rf"tpu-({kinds})-(\d+)", name.lower())
     if found is None:
         raise UserError(
-            f"on={name!r} is not a slice that can be compiled for: choose tpu-KIND-N with a KIND "
-            f"of {', '.join(_GENERATIONS)} (GPUs: not yet)"
+            f"on={name!r} cannot be compiled for: choose tpu-KIND-N with a KIND of "
+            f"{', '.join(_GENERATIONS)}, or {', '.join(GPU_TARGETS)}-N with N of "
+            f"{', '.join(map(str, _NODES))}"
         )
     kind, number = found[1], int(found[2])
     generation = _GENERATIONS[kind]

@@ -5,6 +5,7 @@ Minutes each; what came of it is kept under .cache/plan until a source changes.
 
 import pytest
 from slm_kernels.aot import find_libtpu
+from slm_kernels.aot.gpu_targets import find_cuda
 
 from slm_jax.plan import compile_run, find_slice, make_plan
 from slm_jax.train.trm_presets import TRM_PRESETS
@@ -20,11 +21,17 @@ pytestmark = pytest.mark.slow
         ("maze-hard", "tpu-v5e-16"),
         ("arc-agi-1", "tpu-v5e-16"),
         ("arc-agi-2", "tpu-v5e-16"),
+        ("sudoku-extreme", "h100-1"),
+        ("sudoku-extreme-attention", "h100-1"),
+        ("maze-hard", "h100-4"),
+        ("arc-agi-1", "h100-4"),
+        ("arc-agi-2", "h100-4"),
     ],
 )
 def test_a_full_size_run_compiles_and_fits(name: str, where: str) -> None:
+    on_gpu = where.startswith("h100")
     try:
-        find_libtpu()
+        find_cuda() if on_gpu else find_libtpu()
     except FileNotFoundError as e:
         pytest.skip(str(e))
     run, chosen = TRM_PRESETS[name], find_slice(where)

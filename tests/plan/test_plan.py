@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from slm_kernels.aot import TARGETS, find_libtpu
+from slm_kernels.aot.gpu_targets import find_cuda
 
 from slm_jax import cli
 from slm_jax.errors import UserError
@@ -65,6 +66,23 @@ def test_a_recursive_model_is_compiled() -> None:
     assert plan.estimate > plan.bounds["matrix units"] > 0
 
 
+def test_a_recursive_model_is_compiled_for_a_gpu() -> None:
+    try:
+        find_cuda()
+    except FileNotFoundError as e:
+        pytest.skip(str(e))
+    node = find_slice("h100-2")
+    plan = make_plan(TRM, node, compile_run(TRM, node))
+    c = plan.compiled
+    assert c.fits
+    assert c.temporary_bytes > 0
+    gradients = 4 * n_parameters(TRM.model)
+    assert gradients <= sum(x.bytes for x in c.collectives) < 2.1 * gradients
+    assert {x.group for x in c.collectives} == {2}
+    assert plan.estimate is None
+    assert plan.bounds["matrix units"] == plan.flops / (2 * 989e12)
+
+
 @pytest.mark.usefixtures("libtpu")
 def test_a_step_too_large_for_the_memory_says_what_to_change(
     capsys: pytest.CaptureFixture[str],
@@ -82,7 +100,7 @@ def test_a_step_too_large_for_the_memory_says_what_to_change(
     ("name", "told"),
     [
         ("tpu-v3-8", "choose tpu-KIND-N with a KIND of v5e, v5p, v6e, tpu7x"),
-        ("h100-8", "GPUs: not yet"),
+        ("h100-3", "h100-N with N of 1, 2, 4, 8"),
         ("tpu-v5e-7", "v5e slices have 1, 4, 8"),
         ("tpu-v5p-9", "TensorCores, two a chip"),
     ],

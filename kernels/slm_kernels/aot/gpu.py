@@ -68,27 +68,18 @@ def compile_for_gpu(target: str, jobs: Sequence[Job]) -> list[GpuRecord]:
     """
     if target not in GPU_TARGETS:
         raise ValueError(f"target={target!r} is unknown: choose from {', '.join(GPU_TARGETS)}")
-    folder = find_cuda()
+    environment = gpu_environment()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         request, out, dumps = work / "request.json", work / "records.jsonl", work / "dumps"
         request.write_text(json.dumps({"target": target, "jobs": [asdict(j) for j in jobs]}))
         out.write_text("")
         dumps.mkdir()
-        paths = [os.environ.get("PYTHONPATH"), str(folder) if folder is not None else None]
-        environment = {
-            **os.environ,
-            # Last, so that the folder of the plugin hides no installed package.
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "PATH": f"{tools()}{os.pathsep}{os.environ.get('PATH', '')}",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # which want a driver
-            "JAX_ENABLE_COMPILATION_CACHE": "0",  # a program from the cache leaves no dump
+        environment |= {
             "MOSAIC_GPU_DUMP_TO": str(dumps),
             "MOSAIC_GPU_DUMP_PTX": "1",
             "MOSAIC_GPU_DUMP_RESOURCES": "1",
         }
-        environment.pop("XLA_FLAGS", None)  # those of the CPU tests
         child = subprocess.run(
             [sys.executable, "-m", "slm_kernels.aot.gpu", str(request), str(out)],
             env=environment,
@@ -105,6 +96,39 @@ def compile_for_gpu(target: str, jobs: Sequence[Job]) -> list[GpuRecord]:
             records.append(GpuRecord(job, **fields, kernels=kernels))
         dead = f"the compiler ended without a word: {child.stderr[-300:]}"
         return records + [GpuRecord(job, error=dead) for job in jobs[len(records) :]]
+
+
+def gpu_environment() -> dict[str, str]:
+    """Of a child process that compiles for a GPU which is not there.
+
+    Raises:
+        FileNotFoundError: if the compiler is not installed.
+    """
+    folder = find_cuda()
+    paths = [os.environ.get("PYTHONPATH"), str(folder) if folder is not None else None]
+    environment = {
+        **os.environ,
+        # Last, so that the folder of the plugin hides no installed package.
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PATH": f"{tools()}{os.pathsep}{os.environ.get('PATH', '')}",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # which want a driver
+        "JAX_ENABLE_COMPILATION_CACHE": "0",  # a program from the cache leaves no dump
+    }
+    environment.pop("XLA_FLAGS", None)  # those of the CPU tests
+    return environment
+
+
+def describe_gpus(target: str, number: int) -> Sequence[Any]:
+    """The devices of a node with so many GPUs, in a process of `gpu_environment`."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=target,
+        topology=f"1x1x{number}",
+        target_config=GPU_TARGETS[target].describe(),
+    ).devices
 
 
 LIMITS = (
@@ -169,7 +193,6 @@ def _compile(target: str, job: Job) -> dict[str, Any]:
     """Runs in the child: the fields of a record, and the names of the PTX files."""
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from slm_kernels.cases import CASES
@@ -177,13 +200,7 @@ def _compile(target: str, job: Job) -> dict[str, Any]:
     start = time.perf_counter()
     dumps = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     before = set(dumps.iterdir())
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=target,
-        topology="1x1x1",
-        target_config=GPU_TARGETS[target].describe(),
-    )
-    mesh = Mesh(np.array(topology.devices[:1]), ("device",))
+    mesh = Mesh(np.array(describe_gpus(target, 1)), ("device",))
     whole = NamedSharding(mesh, PartitionSpec())
     try:
         # The abstract mesh tells Pallas which chip it compiles for.

@@ -106,6 +106,9 @@ def trips(line: str, computations: Mapping[str, Sequence[str]]) -> int:
 
     XLA:TPU drops its own count from the text: the bound is the constant that the condition holds.
     """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known is not None:
+        return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
     if condition is None:
         return 1
