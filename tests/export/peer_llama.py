@@ -15,6 +15,19 @@ import numpy as np
 
 GREEDY = 64
 
+_defaults = llama_cpp.llama_model_default_params
+
+
+def _without_repacking() -> llama_cpp.llama_model_params:
+    """Weights stay as they are in the file: what llama.cpp makes of them for AMX crashes here."""
+    params = _defaults()
+    params.use_extra_bufts = False
+    return params
+
+
+# `Llama` does not pass the field on.
+llama_cpp.llama_cpp.llama_model_default_params = _without_repacking
+
 
 def main(tokens: str, text: str, out: str, *files: str) -> None:
     """Runs every file."""
