@@ -95,10 +95,8 @@ def test_expert_that_saw_nothing_is_rounded_to_nearest() -> None:
     np.testing.assert_array_equal(coded.codes, encode(jnp.asarray(w), spec).codes)
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "found"),
-    [("moe", 1, 7), pytest.param("hybrid", 3, 23, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layers", "found"), [("moe", 1, 7), ("hybrid", 3, 23)])
 def test_layers_of_a_whole_model_err_less_than_rounded_ones(
     name: str, layers: int, found: int
 ) -> None:

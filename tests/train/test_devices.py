@@ -62,6 +62,7 @@ def test_meshes(
     assert_same_curves(curves(config), reference)
 
 
+@pytest.mark.slow
 def test_all_devices_repeat_layers_as_often(
     make_experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -15,8 +15,8 @@ and backwards in time, with g_t the adjoint of h_t and e_t that of h_t through l
 
 Layout: a vector register holds one state of S <= 8 groups of 128 channels at one step, so that
 (2) and (3) are elementwise and no sum crosses a register. Nothing moves for it in HBM: an
-`[L, D]` array lies there in tiles of `tile` steps x 128 channels (8 of float32, 16 of bfloat16),
-and read as `[L / tile, blocks, S * tile, 128]` it is the same bytes,
+`[L, D]` array lies there in tiles of 8 steps x 128 channels, bfloat16 too, and read as
+`[L / tile, blocks, S * tile, 128]` it is the same bytes,
 
              row 0 .. tile-1          tile .. 2 tile-1             (S-1) tile ..
     tile 0   steps of channels 0..    steps of channels 128..  ..  of channels (S-1) 128..
@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_kernels.scan.tpu_backward import backward
-from slm_kernels.scan.tpu_forward import F32, LANES, UNROLL, Layout, forward, tile_of
+from slm_kernels.scan.tpu_forward import F32, LANES, TILE, UNROLL, Layout, forward
 
 CHUNK = 128  # steps a grid step: HBM reads are long enough, the states of a chunk fit in VMEM
 
@@ -69,7 +69,7 @@ def selective_scan_tpu(
         d: `[D]`.
         reset: `[B, L]` bool or `None`.
         initial_state: `[B, D, N]` float32 or `None`.
-        chunk: steps between saved states: a multiple of 16, or 8 for float32.
+        chunk: steps between saved states: a multiple of 16, or 8.
 
     Returns:
         `y` `[B, L, D]` in the dtype of `u`, and the last state `[B, D, N]` float32.
@@ -86,9 +86,8 @@ def selective_scan_tpu(
             raise ValueError(f"{name} is {x.dtype}: cast it to float32 or bfloat16")
     if chunk is None:
         chunk = min(CHUNK if n <= 64 else CHUNK // 2, length + -length % UNROLL)
-    step = max(tile_of(u.dtype), tile_of(dt.dtype))
-    if chunk <= 0 or chunk % min(UNROLL, chunk) or chunk % step:
-        raise ValueError(f"chunk={chunk}: want {step} or a positive multiple of {UNROLL}")
+    if chunk <= 0 or chunk % min(UNROLL, chunk) or chunk % TILE:
+        raise ValueError(f"chunk={chunk}: want {TILE} or a positive multiple of {UNROLL}")
     groups = -(-width // LANES)
     blocks = -(-groups // 8)
     rows = -(-groups // blocks)

@@ -23,7 +23,6 @@ from slm_kernels.scan.tpu_forward import (
     spread,
     spread_all,
     three_parts,
-    tile_of,
     wide,
 )
 
@@ -166,13 +165,13 @@ def backward(lay: Layout, args: Any, starts: Any, dy: Any, dlast: Any) -> dict[s
         lay,
         inputs
         | {
-            "dy": (dy, spec["steps"][tile_of(dy.dtype)]),
+            "dy": (dy, spec["steps"]),
             "start": (starts, spec["start"]),
             "dlast": (dlast, spec["state"]),
         },
         {
-            "du": (like(*u.shape, dtype=u.dtype), spec["steps"][tile_of(u.dtype)]),
-            "ddt": (like(*dt.shape, dtype=dt.dtype), spec["steps"][tile_of(dt.dtype)]),
+            "du": (like(*u.shape, dtype=u.dtype), spec["steps"]),
+            "ddt": (like(*dt.shape, dtype=dt.dtype), spec["steps"]),
             "da": (like(batch, *a.shape), spec["state"]),
             "db": (like(*b.shape), spec["b"]),
             "dc": (like(*b.shape), spec["b"]),

@@ -12,7 +12,10 @@ from jax.experimental.pallas import tpu as pltpu
 from slm_kernels.pallas import interpret
 
 LANES = 128
-UNROLL = 16  # steps; a multiple of every tile
+UNROLL = 16  # steps; a multiple of the tile
+TILE = (
+    8  # steps in a tile of HBM, of float32 and of bfloat16: XLA packs two of the latter in 32 bits
+)
 LOG2E = math.log2(math.e)
 # A reset is a step so long that every decay underflows to 0; rates between -TINY and 0 decay by
 # exactly 1 at any other step, so that raising them to -TINY changes nothing else.
@@ -36,7 +39,7 @@ class Layout:
 
     @property
     def unroll(self) -> int:
-        """Steps written out in a loop's body, a multiple of every tile."""
+        """Steps written out in a loop's body, a multiple of the tile."""
         return min(UNROLL, self.chunk)
 
     @property
@@ -46,16 +49,15 @@ class Layout:
 
     def tiles(self, x: jax.Array) -> jax.Array:
         """`[B, L, D]` to `[B, L / tile, blocks, S * tile, 128]`; padded steps have dt = 0."""
-        tile = tile_of(x.dtype)
         pad = (0, -x.shape[1] % self.chunk), (0, self.width - x.shape[2])
         x = jnp.pad(x, ((0, 0), *pad))
-        x = x.reshape(x.shape[0], -1, tile, self.blocks * self.rows, LANES).swapaxes(2, 3)
-        return x.reshape(x.shape[0], -1, self.blocks, self.rows * tile, LANES)
+        x = x.reshape(x.shape[0], -1, TILE, self.blocks * self.rows, LANES).swapaxes(2, 3)
+        return x.reshape(x.shape[0], -1, self.blocks, self.rows * TILE, LANES)
 
     def untile(self, x: jax.Array) -> jax.Array:
         """The inverse of `tiles`, padding included."""
-        batch, tile = x.shape[0], tile_of(x.dtype)
-        x = x.reshape(batch, -1, self.blocks * self.rows, tile, LANES).swapaxes(2, 3)
+        batch = x.shape[0]
+        x = x.reshape(batch, -1, self.blocks * self.rows, TILE, LANES).swapaxes(2, 3)
         return x.reshape(batch, -1, self.width)
 
     def states(self, x: jax.Array, n: int | None = None) -> jax.Array:
@@ -75,11 +77,6 @@ class Layout:
         """`[B, L, N]` to `[B, L / T, N, T]`."""
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.chunk), (0, self.n - x.shape[2])))
         return x.reshape(x.shape[0], -1, self.chunk, self.n).swapaxes(2, 3)
-
-
-def tile_of(dtype: Any) -> int:
-    """Steps in a tile of HBM."""
-    return 32 // jnp.dtype(dtype).itemsize
 
 
 # --- what both kernels do
@@ -155,8 +152,7 @@ def wide(x: jax.Array, lay: Layout) -> Any:
     """Scratch for `reader`, or None if it needs none."""
     if x.dtype == F32:
         return None
-    tile = tile_of(x.dtype)
-    return pltpu.VMEM((lay.chunk // tile, lay.rows * tile, LANES), F32)
+    return pltpu.VMEM((lay.chunk // TILE, lay.rows * TILE, LANES), F32)
 
 
 def over_groups(lay: Layout, body: Any) -> None:
@@ -171,15 +167,13 @@ def specs(lay: Layout, at: Any) -> dict[str, Any]:
     """Block of every array; `at` maps the grid's time axis to the chunk."""
     of_batch = (None, lay.blocks, lay.n, lay.rows, LANES)
 
-    def steps(tile: int) -> pl.BlockSpec:
-        shape = (None, lay.chunk // tile, None, lay.rows * tile, LANES)
-        return pl.BlockSpec(shape, lambda b, t, d: (b, at(t), d, 0, 0))
+    steps = (None, lay.chunk // TILE, None, lay.rows * TILE, LANES)
 
     def chunk_of(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, rows, lay.chunk), lambda b, t, d: (b, at(t), 0, 0))
 
     return {
-        "steps": {8: steps(8), 16: steps(16)},
+        "steps": pl.BlockSpec(steps, lambda b, t, d: (b, at(t), d, 0, 0)),
         "a": pl.BlockSpec((None, lay.n, lay.rows, LANES), lambda b, t, d: (d, 0, 0, 0)),
         "d": pl.BlockSpec((None, lay.rows, LANES), lambda b, t, d: (d, 0, 0)),
         "b": chunk_of(lay.n),
@@ -248,8 +242,8 @@ def shared(
         a2 = jnp.where((a2 > -TINY) & (a2 <= 0), -TINY, a2)
     full = pltpu.VMEM((lay.n, lay.chunk, LANES), F32)
     inputs = {
-        "u": (u, spec["steps"][tile_of(u.dtype)]),
-        "dt": (dt, spec["steps"][tile_of(dt.dtype)]),
+        "u": (u, spec["steps"]),
+        "dt": (dt, spec["steps"]),
         "a2": (a2, spec["a"]),
         "b": (b, spec["b"]),
         "c": (c, spec["b"]),
@@ -333,7 +327,7 @@ def forward(lay: Layout, save: bool, *args: Any) -> dict[str, Any]:
         lay,
         inputs | {"initial": (initial, spec["state"])},
         {
-            "y": (jax.ShapeDtypeStruct(u.shape, u.dtype), spec["steps"][tile_of(u.dtype)]),
+            "y": (jax.ShapeDtypeStruct(u.shape, u.dtype), spec["steps"]),
             "last": (jax.ShapeDtypeStruct(initial.shape, F32), spec["state"]),
             "starts": (starts, spec["start"]),
         },
