@@ -104,9 +104,11 @@ def _inside(
         return
     kind, group = found["kind"], _group(line, n_devices)
     size = sum(_nbytes(*array) for array in _ARRAY.findall(found["type"]))
-    if found["start"] and kind == "all-gather":  # operand and result
+    # What starts an operation names operand and result; of a sum, on GPUs only.
+    both = found["start"] and (kind == "all-gather" or found["type"].startswith("(("))
+    if both and kind in ("all-gather", "reduce-scatter"):
         size = size * group // (group + 1)
-    elif found["start"] and kind == "collective-permute":
+    elif both or (found["start"] and kind == "collective-permute"):
         size //= 2
     elif kind == "reduce-scatter":
         size *= group

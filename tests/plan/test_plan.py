@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from slm_kernels.aot import TARGETS, find_libtpu
-from slm_kernels.aot.gpu_targets import find_cuda
+from slm_kernels.aot.gpu_targets import GPU_TARGETS, find_cuda
 
 from slm_jax import cli
 from slm_jax.errors import UserError
@@ -118,7 +118,8 @@ def test_a_plan_needs_a_slice(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_slices_have_the_chips_that_their_names_say() -> None:
     slices = {name: find_slice(name) for name in slice_names()}
-    assert {s.kind for s in slices.values()} == set(TARGETS)
+    assert {s.kind for s in slices.values()} == {*TARGETS, *GPU_TARGETS}
+    assert (slices["h100-8"].devices, slices["h100-8"].topology) == (8, "h100:1x1x8")
     assert all(s.name == name for name, s in slices.items())
     assert slices["tpu-v5e-256"].topology == "v5e:16x16"
     assert slices["tpu-v5p-64"].chips == slices["tpu-v5p-64"].devices == 32
