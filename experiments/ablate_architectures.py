@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from ablation_report import Measured, write_report
+from comparison import best_of_grid
 from rich.console import Console
 
 from slm_jax import cli
@@ -197,20 +198,15 @@ def measure(
         )
         return result
 
-    grid = {rate: one(rate, 0) for rate in config.learning_rates}
-    finished = {rate: result for rate, result in grid.items() if result is not None}
-    if not finished:
-        raise DivergedError(
-            f"{name}: every learning rate of {config.learning_rates} diverged: lower them"
-        )
-    best = min(finished, key=lambda rate: finished[rate].valid_loss)
-    repeats = [finished[best], *(one(best, seed) for seed in range(1, config.seeds))]
+    best, grid, results = best_of_grid(
+        name, config.learning_rates, config.seeds, one, lambda result: result.valid_loss
+    )
     return Measured(
         name=name,
         model=model,
         best_learning_rate=best,
         grid={rate: r.valid_loss if r else math.inf for rate, r in grid.items()},
-        results=[r for r in repeats if r is not None],
+        results=results,
         seq_len=config.seq_len,
         tokens_per_step=config.batch_size * config.seq_len,
     )

@@ -11,15 +11,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from comparison import interval, show_tables
 from rich.console import Console
-from rich.table import Table
-from scipy import stats
 
 from slm_jax.cli.show import count
 from slm_jax.models.lm import LMConfig
 from slm_jax.models.presets import state_bytes, summary
 from slm_jax.scaling.effective_size import Reading, Target, draws_at_one_length, effective_size
-from slm_jax.scaling.report import table as markdown_table
 from slm_jax.scaling.rows import Rows
 from slm_jax.scaling.study import seed_noise
 from slm_jax.train.experiment import Result
@@ -52,14 +50,6 @@ class Measured:
     def losses(self) -> np.ndarray:
         """Held-out nats a token, one a seed."""
         return np.array([r.valid_loss for r in self.results])
-
-
-def interval(values: np.ndarray) -> float:
-    """Half-width of the 95 % Student-t interval of the mean; NaN for a single value."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
 def effective_sizes(measured: list[Measured], reference: list[Measured]) -> list[Reading | None]:
@@ -202,15 +192,17 @@ def write_report(
         notes.append("* the best learning rate is at the edge of its grid: widen --learning-rates.")
     text = f"# {title}\n\n`{command}`\n"
     console.print(f"\n{title}", style="bold")
-    for name, columns in (("Quality", _QUALITY), ("Cost", _COST)):
-        table = Table(title=name)
-        for heading, _ in columns:
-            table.add_column(heading, justify="left" if heading == "model" else "right")
-        cells = [[str(cell(r)) for _, cell in columns] for r in rows]
-        for line in cells:
-            table.add_row(*line)
-        console.print(table)
-        text += f"\n## {name}\n\n{markdown_table([heading for heading, _ in columns], cells)}"
+    text += show_tables(
+        console,
+        [
+            (
+                name,
+                [heading for heading, _ in columns],
+                [[str(cell(r)) for _, cell in columns] for r in rows],
+            )
+            for name, columns in (("Quality", _QUALITY), ("Cost", _COST))
+        ],
+    )
     for note in notes:
         console.print(note, highlight=False)
     text += "\n" + "\n".join(f"- {note}" for note in notes)

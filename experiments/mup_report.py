@@ -12,10 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from comparison import show_tables
 from rich.console import Console
-from rich.table import Table
 
-from slm_jax.scaling.report import table as markdown_table
 from slm_jax.train.coordinates import width_exponent
 
 PARAMETRISATIONS = ("standard", "muP")
@@ -146,17 +145,13 @@ def write_report(
     check_heads, check_cells = _check_table(checks)
     text = f"# {title}\n\n`{command}`\n"
     console.print(f"\n{title}", style="bold")
-    for name, headings, body in (
-        ("Best learning rate", heads, cells),
-        ("Coordinate check", check_heads, check_cells),
-    ):
-        table = Table(title=name)
-        for heading in headings:
-            table.add_column(heading, justify="left" if heading == "model" else "right")
-        for line in body:
-            table.add_row(*line)
-        console.print(table)
-        text += f"\n## {name}\n\n{markdown_table(headings, body)}"
+    text += show_tables(
+        console,
+        [
+            ("Best learning rate", heads, cells),
+            ("Coordinate check", check_heads, check_cells),
+        ],
+    )
     notes = [
         "Best rate: vertex of the parabola in log rate through the lowest mean loss and its "
         "neighbours; in brackets the vertices of the single seeds. A grid step is one octave.",

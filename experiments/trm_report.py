@@ -10,12 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from comparison import interval, show_tables
 from rich.console import Console
-from rich.table import Table
-from scipy import stats
 
 from slm_jax.models.trm import TRMConfig, n_parameters
-from slm_jax.scaling.report import table as markdown_table
 from slm_jax.train.metrics import read_metrics
 from slm_jax.train.trm_experiment import TRMResult
 
@@ -73,14 +71,6 @@ class Measured:
             for suffix in ("", "_ema")
         )
         return steps, raw, ema
-
-
-def half_width(values: np.ndarray) -> float:
-    """Half of the 95 % interval of the mean of a few seeds, by Student's t; NaN for one seed."""
-    n = len(values)
-    if n < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
 
 
 def verdict(difference: float, half: float) -> str:
@@ -153,16 +143,7 @@ def write_report(
     ]
     console.print(f"\n{title}", style="bold")
     text = f"# {title}\n\n`{command}`\n"
-    for name, headings, cells in (
-        ("Arms", heads, body), ("Claims", claim_heads, claim_body)
-    ):  # fmt: skip
-        shown = Table(title=name)
-        for i, heading in enumerate(headings):
-            shown.add_column(heading, justify="left" if i == 0 else "right")
-        for line in cells:
-            shown.add_row(*line)
-        console.print(shown)
-        text += f"\n## {name}\n\n{markdown_table(headings, cells)}"
+    text += show_tables(console, [("Arms", heads, body), ("Claims", claim_heads, claim_body)])
     for note in notes:
         console.print(note, highlight=False)
     text += "\n" + "\n".join(f"- {note}" for note in notes) + "\n\n![curves](report.png)\n"
@@ -188,7 +169,7 @@ def _row(m: Measured) -> dict[str, Any]:
         "first": float(averaged[:, 0].mean()),
         "raw": float(raw[:, -1].mean()),
         "averaged": float(averaged[:, -1].mean()),
-        "half_width": half_width(averaged[:, -1]),
+        "half_width": interval(averaged[:, -1]),
         "seeds": [asdict(r) for r in m.results],
     }
 
@@ -211,7 +192,7 @@ def _judge(measured: list[Measured], claims: tuple[Claim, ...]) -> list[dict[str
         found.append((name, averaged[:, -1] - averaged[:, 0]))
     out = []
     for name, differences in found:
-        mean, half = float(differences.mean()), half_width(differences)
+        mean, half = float(differences.mean()), interval(differences)
         out.append(
             {
                 "claim": name,
@@ -251,7 +232,7 @@ def _plot(file: Path, measured: list[Measured], title: str) -> None:
 
     for i, (m, color) in enumerate(zip(measured, colors, strict=False)):
         solved = 100 * m.after(ema=True)[:, -1]
-        half = 100 * half_width(m.after(ema=True)[:, -1])
+        half = 100 * interval(m.after(ema=True)[:, -1])
         arms.barh(i, solved.mean(), color=color, alpha=0.5, xerr=None if np.isnan(half) else half)
         arms.plot(solved, np.full(len(solved), i), "k.", ms=4)
     arms.set_yticks(range(len(measured)), [m.name for m in measured])

@@ -31,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from comparison import best_of_grid
 from rich.console import Console
 from trm_report import Claim, Measured, write_report
 
@@ -219,20 +220,19 @@ def measure(config: TRMSudoku, name: str, splits: PuzzleSplits, console: Console
         n = len(result.exact)
         return last[f"exact_{n}_ema"], last[f"cell_{n}_ema"]
 
-    grid = {rate: one(rate, 0) for rate in config.learning_rates}
-    finished = {rate: result for rate, result in grid.items() if result is not None}
-    if not finished:
-        raise DivergedError(
-            f"{name}: every learning rate of {config.learning_rates} diverged: lower them"
-        )
-    best = max(finished, key=lambda rate: held_back(finished[rate]))
-    repeats = [finished[best], *(one(best, seed) for seed in range(1, config.seeds))]
+    best, grid, results = best_of_grid(
+        name,
+        config.learning_rates,
+        config.seeds,
+        one,
+        lambda result: tuple(-share for share in held_back(result)),
+    )
     return Measured(
         name=name,
         model=experiment(config, name, best, 0).model,
         learning_rate=best,
         grid={r: None if found is None else held_back(found)[0] for r, found in grid.items()},
-        results=[r for r in repeats if r is not None],
+        results=results,
     )
 
 

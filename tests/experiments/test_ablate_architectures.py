@@ -5,7 +5,7 @@ from pathlib import Path
 import ablate_architectures as ablate
 import numpy as np
 import pytest
-from ablation_report import interval
+from comparison import interval
 
 from slm_jax import cli
 from slm_jax.errors import UserError

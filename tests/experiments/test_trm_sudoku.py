@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trm_sudoku as study
-from trm_report import Measured, half_width, verdict
+from comparison import interval
+from trm_report import Measured, verdict
 
 from slm_jax import cli
 from slm_jax.data.puzzles import SudokuGenerated, open_puzzles
@@ -28,11 +29,11 @@ ARGS = [
 
 def test_interval_is_student_t() -> None:
     # Two values 0.1 apart: t(0.975, 1) = 12.706 times the standard error 0.05.
-    assert half_width(np.array([0.8, 0.9])) == pytest.approx(12.706 * 0.05, rel=1e-3)
+    assert interval(np.array([0.8, 0.9])) == pytest.approx(12.706 * 0.05, rel=1e-3)
     # Three: t(0.975, 2) = 4.303, standard deviation 0.1.
-    assert half_width(np.array([0.7, 0.8, 0.9])) == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
-    assert half_width(np.array([0.5, 0.5, 0.5])) == 0
-    assert math.isnan(half_width(np.array([0.8])))
+    assert interval(np.array([0.7, 0.8, 0.9])) == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    assert interval(np.array([0.5, 0.5, 0.5])) == 0
+    assert math.isnan(interval(np.array([0.8])))
 
 
 @pytest.mark.parametrize(
