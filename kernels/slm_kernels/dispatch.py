@@ -45,6 +45,26 @@ def pick(
     return name, table[name]
 
 
+def check_shapes(
+    beside: tuple[str, jax.Array], want: Mapping[str, tuple[jax.Array | None, tuple[int, ...]]]
+) -> None:
+    """Checks arguments that are given, by name, each with the shape that it must have.
+
+    Args:
+        beside: name of the argument that sets the sizes, and the argument.
+        want: the others.
+
+    Raises:
+        ValueError: on another shape.
+    """
+    name_of_sizes, sizes = beside
+    for name, (array, shape) in want.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{name}{array.shape}: want {shape} to go with {name_of_sizes}{sizes.shape}"
+            )
+
+
 def platform() -> str:
     """`"cpu"`, `"gpu"` or `"tpu"`: what the mesh in use is made of, or the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import PartitionSpec as P
 
-from slm_kernels.dispatch import KERNELS, per_shard, pick, platform, whole_rows
+from slm_kernels.dispatch import KERNELS, check_shapes, per_shard, pick, platform, whole_rows
 from slm_kernels.recurrence.reference import linear_recurrence_reference
 from slm_kernels.recurrence.step import recurrence_step
 from slm_kernels.recurrence.tpu import linear_recurrence_tpu
@@ -51,9 +51,7 @@ def linear_recurrence(
         "h0": (h0, (batch, width)),
         "reset": (reset, (batch, length)),
     }
-    for name, (array, shape) in want.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name}{array.shape}: want {shape} to go with b{b.shape}")
+    check_shapes(("b", b), want)
     on_tpu = platform() == "tpu" and length > 1
     default = "tpu" if on_tpu else "xla"
     name, run = pick("linear_recurrence", implementation, IMPLEMENTATIONS, default)

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import PartitionSpec as P
 
-from slm_kernels.dispatch import KERNELS, per_shard, pick, platform, whole_rows
+from slm_kernels.dispatch import KERNELS, check_shapes, per_shard, pick, platform, whole_rows
 from slm_kernels.scan.conv import causal_conv1d
 from slm_kernels.scan.reference import selective_scan_reference
 from slm_kernels.scan.tpu import selective_scan_tpu
@@ -64,9 +64,7 @@ def selective_scan(
         "reset": (reset, (batch, length)),
         "initial_state": (initial_state, (batch, width, n)),
     }
-    for name, (array, shape) in want.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name}{array.shape}: want {shape} to go with u{u.shape}")
+    check_shapes(("u", u), want)
     on_tpu = platform() == "tpu" and length > 1
     default = "tpu" if on_tpu else "xla"
     name, run = pick("selective_scan", implementation, IMPLEMENTATIONS, default)

@@ -3,7 +3,15 @@
 import jax
 from jax.sharding import PartitionSpec as P
 
-from slm_kernels.dispatch import KERNELS, per_shard, pick, platform, spec_of, whole_rows
+from slm_kernels.dispatch import (
+    KERNELS,
+    check_shapes,
+    per_shard,
+    pick,
+    platform,
+    spec_of,
+    whole_rows,
+)
 from slm_kernels.ssd.reference import ssd_reference
 from slm_kernels.ssd.step import ssd_step
 from slm_kernels.ssd.tpu import ssd_tpu
@@ -67,9 +75,7 @@ def ssd(
         "h0": (h0, (batch, heads, p, n)),
         "reset": (reset, (batch, length)),
     }
-    for name, (array, shape) in want.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name}{array.shape}: want {shape} to go with x{x.shape}")
+    check_shapes(("x", x), want)
     on_tpu = platform() == "tpu" and length > 1
     name, run = pick("ssd", implementation, IMPLEMENTATIONS, "tpu" if on_tpu else "xla")
     arrays = {"x": x, "dt": dt, "a": a, "b": b, "c": c, "d": d, "h0": h0, "reset": reset}
