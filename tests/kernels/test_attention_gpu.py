@@ -21,48 +21,13 @@ from slm_kernels.attention.gpu import attention_gpu
 from slm_kernels.attention.xla import attention_xla
 
 from tests.kernels.interpret_gpu import interpreted_gpu
-from tests.kernels.test_attention_tpu import documents, exact, plain_call, transformed
+from tests.kernels.test_attention_tpu import check as check_kernel
+from tests.kernels.test_attention_tpu import plain_call, transformed
 
-# Of the largest value of the case: where sums cancel, plain attention may be off by nearly 0.
-FLOOR = 5e-7
-
-
-def errors(s, t=None, heads=(1, 1), dim=64, batch=1, dtype=jnp.bfloat16, packed=False, **given):
-    """Largest errors of kernel and of plain attention, and largest values: three lists of four."""
-    t = s if t is None else t
-    mask = dict(causal=True, window=None, softcap=None, scale=dim**-0.5, in_order=s == t)
-    mask |= dict(q_segments=None, kv_segments=None, kv_positions=np.arange(t)[None])
-    mask |= dict(q_positions=np.arange(t - s, t)[None]) | given
-    if packed:
-        segments, positions = documents(batch, s)
-        mask |= dict(q_segments=segments, kv_segments=segments)
-        mask |= dict(q_positions=positions, kv_positions=positions)
-    rng = np.random.default_rng(0)
-    shapes = [(batch, n, h, dim) for n, h in zip((s, t, t, s), (*heads, heads[1], heads[0]))]  # noqa: B905
-    q, k, v, do = (jnp.asarray(rng.normal(size=x), dtype) for x in shapes)
-
-    @partial(jax.jit, static_argnums=0)
-    def run(attention, q, k, v, do):
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, **mask), q, k, v)
-        return out, *pull(do)
-
-    plain = run(attention_xla, q, k, v, do)
-    with interpreted_gpu():
-        kernel = jax.block_until_ready(run(attention_gpu, q, k, v, do))
-    want = exact(*(np.asarray(x, np.float64) for x in (q, k, v, do)), mask)
-    assert all(x.dtype == q.dtype for x in kernel)
-
-    def far(got):
-        return [np.abs(np.asarray(a, np.float64) - b).max() for a, b in zip(got, want, strict=True)]
-
-    return far(kernel), far(plain), [np.abs(x).max() for x in want]
-
-
-def check(*args, **kwargs) -> None:
-    kernel, plain, largest = errors(*args, **kwargs)
-    for got, bar, factor in zip(kernel, plain, (2, 3, 3, 3), strict=True):
-        assert got <= factor * bar + FLOOR * max(largest)
-
+# On the tiles of the kernel, in its dtypes; the bars are those of the TPU's.
+check = partial(
+    check_kernel, dim=64, dtype=jnp.bfloat16, kernel=attention_gpu, interpreter=interpreted_gpu
+)
 
 EMPTY = np.where(np.arange(200) == 60, -1, np.arange(200))[None]
 CASES = {

@@ -63,7 +63,7 @@ def documents(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def errors(s, t=None, heads=(1, 1), dim=16, batch=1, dtype=np.float32, packed=False, blocks=SMALL,
-           **given_mask):  # fmt: skip
+           kernel=None, interpreter=interpreted, **given_mask):  # fmt: skip
     """Largest errors of kernel and of plain attention, and largest values: three lists of four."""
     t = s if t is None else t
     mask = dict(causal=True, window=None, softcap=None, scale=dim**-0.5, in_order=s == t)
@@ -83,15 +83,18 @@ def errors(s, t=None, heads=(1, 1), dim=16, batch=1, dtype=np.float32, packed=Fa
         return out, *pull(do)
 
     plain = run(attention_xla, q, k, v, do)
-    with interpreted():
-        kernel = jax.block_until_ready(run(partial(attention_tpu, blocks=blocks), q, k, v, do))
+    with interpreter():
+        kernel = kernel or partial(attention_tpu, blocks=blocks)
+        got = jax.block_until_ready(run(kernel, q, k, v, do))
     want = exact(*(np.asarray(x, np.float64) for x in (q, k, v, do)), mask)
-    assert all(x.dtype == q.dtype for x in kernel)
+    assert all(x.dtype == q.dtype for x in got)
 
-    def far(got):
-        return [np.abs(np.asarray(a, np.float64) - b).max() for a, b in zip(got, want, strict=True)]
+    def far(found):
+        return [
+            np.abs(np.asarray(a, np.float64) - b).max() for a, b in zip(found, want, strict=True)
+        ]
 
-    return far(kernel), far(plain), [np.abs(x).max() for x in want]
+    return far(got), far(plain), [np.abs(x).max() for x in want]
 
 
 def check(*args, **kwargs) -> None:
