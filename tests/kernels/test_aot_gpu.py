@@ -1,4 +1,4 @@
-"""The Hopper kernels compile to machine code that spills nothing and multiplies with wgmma.
+"""The Hopper kernels compile to machine code that spills nothing; attention multiplies with wgmma.
 
 What compiled is remembered under .cache/aot until the kernels' sources, jax or the compiler change.
 """
@@ -6,6 +6,7 @@ What compiled is remembered under .cache/aot until the kernels' sources, jax or 
 import hashlib
 import importlib.metadata
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -29,8 +30,10 @@ JOBS = [
         ("attention-full", 128),
         ("attention-window", 64),
     ]
-]
-KERNELS = {"attention_forward", "attention_gradient_q", "attention_gradient_kv"}
+] + [Job("scan-packed", {**CASES["scan"].shape, **CASES["scan"].small}, "gpu")]
+ATTENTION = {"attention_forward", "attention_gradient_q", "attention_gradient_kv"}
+SCAN = {"selective_scan_ends", "selective_scan_forward"}
+SCAN_BACKWARD = {"selective_scan_gradient_ends", "selective_scan_backward"}
 
 
 def _key(folder: Path | None) -> str:
@@ -73,11 +76,14 @@ def _name(job: Job) -> str:
 def _failure(record: GpuRecord) -> str:
     if record.error:
         return record.error
-    if {k.name for k in record.kernels} != KERNELS:
+    attention = record.job.case.startswith("attention")
+    kernels = ATTENTION if attention else SCAN | (SCAN_BACKWARD if record.job.backward else set())
+    if {k.name for k in record.kernels} != kernels:
         return f"the program has the kernels {[k.name for k in record.kernels]}"
     target = GPU_TARGETS["h100"]
     for k in record.kernels:
-        operations = {name: k.operations.get(name, 0) for name in ("HGMMA", "UTMALDG", "UTMASTG")}
+        wanted = ("HGMMA", "UTMALDG", "UTMASTG") if attention else ("UTMALDG",)
+        operations = {name: k.operations.get(name, 0) for name in wanted}
         if not all(operations.values()):
             return f"{k.name}: {operations}: no wgmma, or no copies by TMA"
         if k.spill_stores or k.spill_loads or k.operations.get("STL", 0):
@@ -92,6 +98,16 @@ def _failure(record: GpuRecord) -> str:
 @pytest.mark.parametrize("name", [_name(job) for job in JOBS])
 def test_compiles_without_spills(failures: dict[str, str], name: str) -> None:
     assert not failures.get(name)
+
+
+@pytest.mark.slow
+def test_backward_scan_compiles_without_spills() -> None:
+    try:
+        find_cuda()
+    except FileNotFoundError as e:
+        pytest.skip(str(e))
+    (record,) = compile_for_gpu("h100", [replace(JOBS[-1], backward=True)])
+    assert not _failure(record)
 
 
 def test_one_failure_leaves_the_others() -> None:

@@ -1,5 +1,7 @@
 """The TPU selective scan, interpreted, against a float64 loop and its hand-written adjoint."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,9 @@ from slm_kernels.scan.tpu import selective_scan_tpu
 from tests.kernels.inputs import scan_inputs
 
 NAMES = ("u", "dt", "a", "b", "c", "d", "initial_state")
-CHUNK = 8
+KERNEL = partial(selective_scan_tpu, chunk=8)
+# With memory that starts as NaN and races that are errors it is a hundred times slower.
+QUICKLY = partial(interpreted, True)
 # An unrolled kernel takes XLA:CPU longer to optimise than to run.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -53,26 +57,20 @@ def cotangents(x) -> tuple[np.ndarray, np.ndarray]:
     return dy, dlast
 
 
-def run(x, reset=None, chunk: int = CHUNK, without: tuple[str, ...] = (), strict: bool = False):
-    """Outputs and gradients of the kernel; `without` drops optional arguments.
-
-    Strictly interpreted, memory starts as NaN and races are errors, a hundred times slower.
-    """
+def run(x, reset=None, kernel=KERNEL, interpreter=QUICKLY, without: tuple[str, ...] = ()):
+    """Outputs and gradients of the kernel; `without` drops optional arguments."""
     dy, dlast = cotangents(x)
     x = {k: jnp.asarray(v) for k, v in x.items() if k not in without}
 
     def scan(x):
-        return selective_scan_tpu(
-            **({"initial_state": None} | x),
-            reset=None if reset is None else jnp.asarray(reset),
-            chunk=chunk,
-        )
+        reset_or_none = None if reset is None else jnp.asarray(reset)
+        return kernel(**({"initial_state": None} | x), reset=reset_or_none)
 
     def both(x, dy, dlast):
         (y, last), vjp = jax.vjp(scan, x)
         return y, last, vjp((dy.astype(y.dtype), dlast))[0]
 
-    with interpreted(None if strict else True):
+    with interpreter():
         return jax.device_get(jax.jit(both, compiler_options=QUICK)(x, dy, dlast))
 
 
@@ -114,7 +112,7 @@ def test_scan_and_gradients_are_the_float64_loop(length, width, n, with_reset) -
 @pytest.mark.slow
 def test_no_memory_is_read_unwritten_or_raced_for() -> None:
     x = scan_inputs(2, 19, 130, 3)
-    check(x, resets(2, 19), strict=True)
+    check(x, resets(2, 19), interpreter=interpreted)
 
 
 def test_first_token_resets_and_every_token_resets() -> None:
@@ -139,7 +137,7 @@ def test_bfloat16_inputs_keep_a_float32_state() -> None:
     low = "u", "b", "c"  # their tiles are longer than those of dt
     x = scan_inputs(1, 20, 128, 3)
     x |= {k: np.asarray(jnp.asarray(x[k], jnp.bfloat16)) for k in low}
-    y, last, grads = run(x, chunk=16)
+    y, last, grads = run(x, kernel=partial(selective_scan_tpu, chunk=16))
     assert (y.dtype, last.dtype) == (jnp.bfloat16, np.float32)
     dy, dlast = cotangents(x)
     dy = np.asarray(jnp.asarray(dy, jnp.bfloat16), np.float64)
@@ -155,9 +153,7 @@ def test_a_permuted_batch_gives_permuted_results() -> None:
     x, order = scan_inputs(3, 9, 128, 2), [2, 0, 1]
     moved = {k: v if k in ("a", "d") else v[order] for k, v in x.items()}
     with interpreted(True):
-        scan = jax.jit(
-            lambda x: selective_scan_tpu(**x, reset=None, chunk=CHUNK), compiler_options=QUICK
-        )
+        scan = jax.jit(lambda x: KERNEL(**x, reset=None), compiler_options=QUICK)
         for one, other in zip(scan(x), scan(moved), strict=True):
             np.testing.assert_array_equal(np.asarray(one)[order], other)
 

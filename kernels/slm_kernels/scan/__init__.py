@@ -3,8 +3,17 @@
 import jax
 from jax.sharding import PartitionSpec as P
 
-from slm_kernels.dispatch import KERNELS, check_shapes, per_shard, pick, platform, whole_rows
+from slm_kernels.dispatch import (
+    KERNELS,
+    check_shapes,
+    on_hopper,
+    per_shard,
+    pick,
+    platform,
+    whole_rows,
+)
 from slm_kernels.scan.conv import causal_conv1d
+from slm_kernels.scan.gpu import refusal, selective_scan_gpu
 from slm_kernels.scan.reference import selective_scan_reference
 from slm_kernels.scan.tpu import selective_scan_tpu
 from slm_kernels.scan.xla import selective_scan_xla
@@ -13,6 +22,7 @@ IMPLEMENTATIONS = {
     "reference": selective_scan_reference,
     "xla": selective_scan_xla,
     "tpu": selective_scan_tpu,
+    "gpu": selective_scan_gpu,
 }
 
 
@@ -43,8 +53,9 @@ def selective_scan(
         reset: `[B, L]` bool, true where a document begins: the state before it is dropped.
         initial_state: `[B, D, N]` float32, zeros by default; kept only if the first token does
             not reset.
-        implementation: `"reference"`, `"xla"`, `"tpu"`, or `None`: on a TPU `"tpu"` for more
-            than one token, everywhere else `"xla"`.
+        implementation: `"reference"`, `"xla"`, `"tpu"`, `"gpu"` (Hopper), or `None`: for more than
+            one token `"tpu"` on a TPU and `"gpu"` on a Hopper GPU where it takes the arguments,
+            else `"xla"`.
 
     Returns:
         `y` `[B, L, D]` in the dtype of `u`, and the last state `[B, D, N]` float32. Gradients
@@ -65,8 +76,12 @@ def selective_scan(
         "initial_state": (initial_state, (batch, width, n)),
     }
     check_shapes(("u", u), want)
-    on_tpu = platform() == "tpu" and length > 1
-    default = "tpu" if on_tpu else "xla"
+    default = "xla"
+    if length > 1:
+        if platform() == "tpu":
+            default = "tpu"
+        elif on_hopper() and refusal(u, dt, a) is None:
+            default = "gpu"
     name, run = pick("selective_scan", implementation, IMPLEMENTATIONS, default)
     arrays = {
         "u": u,
