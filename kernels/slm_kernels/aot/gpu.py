@@ -20,6 +20,7 @@ from typing import Any
 from slm_kernels.aot.compile import Job
 from slm_kernels.aot.gpu_targets import (
     GPU_TARGETS,
+    GPUS,
     GpuTarget,
     Kernel,
     find_cuda,
@@ -119,15 +120,21 @@ def gpu_environment() -> dict[str, str]:
     return environment
 
 
-def describe_gpus(target: str, number: int) -> Sequence[Any]:
-    """The devices of a node with so many GPUs, in a process of `gpu_environment`."""
+def describe_gpus(target: str, number: int, nodes: int = 1) -> Sequence[Any]:
+    """The devices of nodes with so many GPUs each, in a process of `gpu_environment`.
+
+    Args:
+        target: a key of `GPUS`.
+        number: GPUs of a node.
+        nodes: how many are joined by a network.
+    """
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name=target,
-        topology=f"1x1x{number}",
-        target_config=GPU_TARGETS[target].describe(),
+        topology=f"1x{nodes}x{number}",
+        target_config=GPUS[target].describe(),
     ).devices
 
 

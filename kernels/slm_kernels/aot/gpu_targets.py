@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 _DEVICE = """
@@ -73,6 +73,14 @@ GPU_TARGETS = {
         memory=84_978_434_048,
         shared=232_448,
     ),
+}
+
+# GPUs that whole programs are compiled for. The H200 is an H100 with more and faster memory
+# ("NVIDIA H200 Tensor Core GPU" data sheet; 143,771 MiB by the driver): kernels are the H100's.
+GPUS = GPU_TARGETS | {
+    "h200": replace(
+        GPU_TARGETS["h100"], name="NVIDIA H200", bandwidth=4800e9, memory=143_771 * 2**20
+    )
 }
 
 

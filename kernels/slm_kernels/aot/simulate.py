@@ -24,6 +24,7 @@ LIMITS = (
 )
 
 _GRANULE = 32  # bytes a granule of a DMA
+_UNKNOWN = 2**63 - 1  # what libtpu writes in place of the cycles of a SparseCore operation
 
 
 def flags(folder: Path) -> list[str]:
@@ -46,7 +47,7 @@ class Operation:
 
     Attributes:
         name: unique in the program.
-        cycles: simulated for one run, or `None`.
+        cycles: simulated for one run, or `None`: the SparseCore's operations are not.
         runs: how often loops run it.
         pallas: whether it is a Pallas kernel.
     """
@@ -135,7 +136,8 @@ def operations(hlo: str) -> list[Operation]:
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
             if pallas or cycles:
                 own = re.sub(r"^ROOT ", "", line).split(" = ")[0].lstrip("%")
-                yield Operation(own, int(cycles[1]) if cycles else None, runs, pallas)
+                told = int(cycles[1]) if cycles else _UNKNOWN
+                yield Operation(own, told if told < _UNKNOWN else None, runs, pallas)
             times = trips(line, computations)
             called = re.findall(r"(?:body|to_apply)=%?([\w.\-]+)", line)
             for branches in re.findall(r"branch_computations=\{(.*?)\}", line):

@@ -47,6 +47,10 @@ TARGETS = {
     "tpu7x": Target("tpu7x:2x2x1", clock=2.20e9, flops=1155e12, bandwidth=3700e9),
 }
 
+# Chips that whole programs are compiled for; kernels are tuned for and tested on `TARGETS` only.
+# v4: arXiv 2304.01433, table 4; 8 matrix units of 128 x 128 at its clock make the peak.
+CHIPS = {"v4": Target("v4:2x2x1", clock=1.05e9, flops=275e12, bandwidth=1228e9, cores=2)} | TARGETS
+
 
 def find_libtpu() -> Path:
     """The folder to put on `sys.path` so that `import libtpu` works.

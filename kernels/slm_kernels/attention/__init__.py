@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 from slm_kernels.attention.cudnn import attention_cudnn
 from slm_kernels.attention.gpu import attention_gpu, refusal
 from slm_kernels.attention.reference import attention_reference
+from slm_kernels.attention.ring import ring_attention
 from slm_kernels.attention.tpu import attention_tpu
 from slm_kernels.attention.xla import attention_xla
 from slm_kernels.dispatch import (
@@ -129,4 +130,4 @@ def attention(
     return per_shard(run, arrays, specs, by_head)
 
 
-__all__ = ["IMPLEMENTATIONS", "attention"]
+__all__ = ["IMPLEMENTATIONS", "attention", "ring_attention"]

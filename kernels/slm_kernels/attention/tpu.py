@@ -24,17 +24,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from slm_kernels.attention.parts import Ids, Mask
 from slm_kernels.attention.tpu_backward import backward
 from slm_kernels.attention.tpu_forward import forward
-from slm_kernels.attention.tpu_tiles import LANES, Blocks, Tiling, fit, pad, varying
+from slm_kernels.attention.tpu_tiles import HIDDEN, LANES, Blocks, Tiling, fit, pad, varying
 
 # Query rows of one program: more would not leave room for the keys.
 _ROWS = 4096
 _FORWARD = Blocks()
 _BACKWARD = Blocks()
 
-_Ids = tuple[jax.Array | None, ...]
-_Padded = tuple[jax.Array, jax.Array, jax.Array, _Ids]
+_Padded = tuple[jax.Array, jax.Array, jax.Array, Ids]
 
 
 def attention_tpu(
@@ -97,60 +97,80 @@ def attention_tpu(
         for x in (*read, q_segments, kv_segments)
     ]
     heads, k, v, *ids = varying(heads, k, v, *ids)
-    tilings = tuple(
-        _tiling(
-            b, heads.shape[2], heads.shape[3], k.shape[1],
-            causal=causal, in_order=in_order, window=window, softcap=softcap, scale=scale,
-            segmented=q_segments is not None,
-        )
-        for b in (blocks or _FORWARD, backward_blocks or blocks or _BACKWARD)
-    )  # fmt: skip
-    out = _attend(tilings, heads, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), tuple(ids))
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    mask = Mask(causal, in_order, window, softcap, scale)
+    both = (blocks or _FORWARD, backward_blocks or blocks or _BACKWARD)
+    tilings = tuple(_tiling(b, mask, heads, k, segmented=q_segments is not None) for b in both)
+    out = _attend(tilings, heads, k, v, tuple(ids))
     out = out.reshape(batch, n_kv_heads, group, length, head_dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def _tiling(
-    blocks: Blocks,
-    group: int,
-    n_queries: int,
-    n_keys: int,
-    *,
-    causal: bool,
-    in_order: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    segmented: bool,
-) -> Tiling:
-    """Blocks that fit the lengths and the group."""
+def part_forward(
+    mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over a part of the keys: as `slm_kernels.attention.parts.part_forward`."""
+    tilings, ids = _part_tilings(mask, q, k, ids)
+    q, k, v = varying(q, k, v)
+    out, (*_, lse) = _attend_forward(tilings, q, k, v, ids)
+    return out, jnp.where(lse > -HIDDEN / 2, HIDDEN, lse)
+
+
+def part_backward(
+    mask: Mask,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    ids: Ids,
+    out: jax.Array,
+    lse: jax.Array,
+    do: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients over a part of the keys: as `slm_kernels.attention.parts.part_backward`."""
+    tilings, ids = _part_tilings(mask, q, k, ids)
+    lse = jnp.where(lse < HIDDEN / 2, -HIDDEN, lse)
+    q, k, v, out, lse, do = varying(q, k, v, out, lse, do)
+    return _attend_backward(tilings, (q, k, v, ids, out, lse), do)[:3]
+
+
+def _part_tilings(
+    mask: Mask, q: jax.Array, k: jax.Array, ids: Ids
+) -> tuple[tuple[Tiling, Tiling], Ids]:
+    segmented = ids[2] is not None
+    there, back = (_tiling(b, mask, q, k, segmented=segmented) for b in (_FORWARD, _BACKWARD))
+    return (there, back), (None, None, *ids[2:]) if mask.in_order else ids
+
+
+def _tiling(blocks: Blocks, mask: Mask, q: jax.Array, k: jax.Array, *, segmented: bool) -> Tiling:
+    """Blocks that fit the lengths and the group of `[B, n_kv_heads, group, S, head_dim]`."""
+    group, n_queries, n_keys = q.shape[2], q.shape[3], k.shape[2]
     most = max(LANES, _ROWS >> (group - 1).bit_length())
-    q, kv = fit(n_queries, min(blocks.q, most)), fit(n_keys, blocks.kv)
+    q_block, kv_block = fit(n_queries, min(blocks.q, most)), fit(n_keys, blocks.kv)
     return Tiling(
-        causal=causal,
-        in_order=in_order,
-        window=window,
-        softcap=softcap,
-        scale=float(scale),
+        causal=mask.causal,
+        in_order=mask.in_order,
+        window=mask.window,
+        softcap=mask.softcap,
+        scale=float(mask.scale),
         segmented=segmented,
-        q=q,
-        kv=kv,
-        q_tile=min(q, blocks.q_tile),
-        kv_tile=min(kv, blocks.kv_tile),
-        n_q=-(-n_queries // q),
-        n_kv=-(-n_keys // kv),
+        q=q_block,
+        kv=kv_block,
+        q_tile=min(q_block, blocks.q_tile),
+        kv_tile=min(kv_block, blocks.kv_tile),
+        n_q=-(-n_queries // q_block),
+        n_kv=-(-n_keys // kv_block),
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    tilings: tuple[Tiling, Tiling], q: jax.Array, k: jax.Array, v: jax.Array, ids: _Ids
+    tilings: tuple[Tiling, Tiling], q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids
 ) -> jax.Array:
     """Attention on `[B, n_kv_heads, group, S, head_dim]` and `[B, n_kv_heads, T, head_dim]`."""
     return _attend_forward(tilings, q, k, v, ids)[0]
 
 
-def _padded(t: Tiling, q: jax.Array, k: jax.Array, v: jax.Array, ids: _Ids) -> _Padded:
+def _padded(t: Tiling, q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids) -> _Padded:
     """Everything at lengths that are whole blocks; no query of the caller sees a padded key."""
     n_q, n_kv = t.n_q * t.q, t.n_kv * t.kv
     ids = tuple(
@@ -161,7 +181,7 @@ def _padded(t: Tiling, q: jax.Array, k: jax.Array, v: jax.Array, ids: _Ids) -> _
 
 
 def _attend_forward(
-    tilings: tuple[Tiling, Tiling], q: jax.Array, k: jax.Array, v: jax.Array, ids: _Ids
+    tilings: tuple[Tiling, Tiling], q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids
 ) -> tuple[jax.Array, tuple]:
     lengths = q.shape[3], k.shape[2]
     out, lse = forward(tilings[0], *_padded(tilings[0], q, k, v, ids), lengths)
