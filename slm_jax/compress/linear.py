@@ -121,6 +121,17 @@ class QuantisedLinear(Linear):
         last = range(w.ndim - n_in, w.ndim)
         return jnp.moveaxis(w, tuple(last), tuple(range(n_batch, n_batch + n_in)))
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Sizes of the out axes."""
+        return tuple(self.w.codes.shape[-1 - len(self.out_axes) : -1])
+
+    def matrix(self, dtype: jax.typing.DTypeLike, lead: tuple[object, ...]) -> jax.Array:
+        """As `Linear.matrix`."""
+        rows = spec((self.in_axes[0], self.out_axes[0]), gathered=True)
+        w = self.weight(dtype)
+        return jnp.reshape(w, (self.w.n_in, -1), out_sharding=result_split(*rows))
+
     def __call__(self, x: jax.Array, *, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """As `Linear`; with int8 activations whatever the dtype, by an integer product."""
         if self.w.spec.activations == "float":
@@ -153,9 +164,11 @@ class QuantisedLinear(Linear):
         # A product of two matrices, for the reason in `Linear._contract_flat`.
         rows, outs = x.reshape(-1, x.shape[-1]), w.shape[:-1]
         n_rows = rows.shape[0]
-        if n_rows == 1:
+        n_padded = jax.core.max_dim(n_rows, 2)  # a symbol in an exported program of any batch
+        if n_padded != n_rows:
             # XLA:CPU turns the product with one vector into float code, 3 times slower than two.
-            rows = jax.lax.optimization_barrier(jnp.pad(rows, ((0, 1), (0, 0))))
+            padded = jnp.pad(rows, ((0, n_padded - n_rows), (0, 0)))
+            rows = jax.lax.optimization_barrier(padded)
         y = jnp.einsum(
             "ik,jk->ij", rows, w.reshape(-1, w.shape[-1]), preferred_element_type=jnp.int32
         )

@@ -13,6 +13,7 @@ from slm_jax.nn.block import Block, LayerConfig
 from slm_jax.nn.linear import Embedding, Linear
 from slm_jax.nn.norm import Norm, NormConfig
 from slm_jax.nn.parametrization import MuPConfig, parametrise
+from slm_jax.parallel.rules import split_rows
 
 State = dict[str, tuple[Any, ...]]
 
@@ -203,17 +204,18 @@ class LM(nnx.Module):
             mean runs a token (`recursion_runs`, `[]`); the new state.
 
         Raises:
-            UserError: if `state` comes without `positions`.
+            UserError: if `state` comes without `positions`, or, without one, S is not a multiple
+                of the mesh axis that tokens are split over.
         """
         config = self.config
         if positions is None:
             if state is not None:
                 raise UserError("positions=None with a state: say where these tokens stand")
             positions = default_positions(tokens.shape[1], segments)
+        if state is None:  # with one, rows stay whole: a cache is not split along its tokens
+            tokens, positions, segments = split_rows((tokens, positions, segments))
         dtype = jnp.dtype(config.dtype)
-        x = self.embed(tokens, jnp.dtype(config.residual_dtype or config.dtype))
-        if config.embedding_scale is not None:
-            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        x = self.embedded(tokens)
 
         def run(
             x: jax.Array, blocks: Any, states: tuple[Any, ...], keys: jax.Array | None
@@ -259,12 +261,20 @@ class LM(nnx.Module):
             else:
                 x, stacked, new["blocks"], more["recursion_runs"] = run_recursive(
                     config.recursion, self.inject, layers, x, blocks, old, block_keys,
-                    segments=segments, key=key, dtype=dtype,
+                    positions=positions, segments=segments, key=key, dtype=dtype,
                 )  # fmt: skip
         old = (None,) * len(self.tail) if state is None else state["tail"]
         x, tail_aux, new["tail"] = run(x, list(self.tail), old, None if keys is None else keys[-1])
         aux = _by_layer(stacked, tail_aux) | more
         return self.final_norm(x, dtype), aux, None if state is None else new
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """The residual stream before the first layer: `[B, S]` int32 to `[B, S, d_model]`."""
+        config = self.config
+        x = self.embed(tokens, jnp.dtype(config.residual_dtype or config.dtype))
+        if config.embedding_scale is None:
+            return x
+        return x * jnp.asarray(config.embedding_scale, x.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Maps `[B, S, d_model]` to logits `[B, S, vocab]`, float32."""
@@ -301,13 +311,15 @@ class LM(nnx.Module):
         copy.config = replace(self.config, recursion=recursion)
         return copy
 
-    def init_state(self, batch: int, max_len: int, dtype: Any = None) -> State:
+    def init_state(self, batch: int, max_len: int, dtype: Any = None, *, spare: int = 0) -> State:
         """The state before the first token.
 
         Args:
             batch: rows.
-            max_len: most tokens a row will have, padding included: the capacity of a full cache.
-            dtype: of keys, values and convolution inputs; default the compute dtype.
+            max_len: most tokens a row will have: the capacity of a full cache.
+            dtype: of keys, values and convolution inputs; default the compute dtype. "int8" is for
+                keys and values alone, with a scale a token and head.
+            spare: the last tokens of a row that may be taken back, which a window has room for.
         """
         config, dtype = self.config, jnp.dtype(dtype or self.config.dtype)
         period = len(config.pattern)
@@ -315,7 +327,8 @@ class LM(nnx.Module):
         periods = sum(config.runs(i) for i in range(0, stacked, period))
 
         def one(block: Block) -> Any:
-            return block.mixer.init_state(batch, max_len, dtype)
+            kept = {"spare": spare} if spare else {}  # not every mixer can take tokens back
+            return block.mixer.init_state(batch, max_len, dtype, **kept)
 
         def stack(leaf: jax.Array) -> jax.Array:
             return jnp.broadcast_to(leaf, (periods, *leaf.shape))

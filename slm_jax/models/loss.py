@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from slm_jax.errors import UserError
 from slm_jax.models.lm import LM
+from slm_jax.parallel.rules import lead_spec, split_rows, token_parts
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -40,7 +42,8 @@ def next_token_loss(
         Sum of weight x nats `[]`, sum of weights `[]`, the model's aux terms.
 
     Raises:
-        UserError: if S is not a multiple of `chunk`.
+        UserError: if S is not a multiple of `chunk`, or one of them not of the devices that the
+            tokens of a row are split over.
     """
     x, aux, _ = model.hidden(
         batch["tokens"],
@@ -48,24 +51,44 @@ def next_token_loss(
         segments=batch.get("segments"),
         key=key,
     )
-    weights = batch["weights"].astype(jnp.float32)
+    targets, weights = split_rows((batch["targets"], batch["weights"].astype(jnp.float32)))
 
     def total(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         return jnp.sum(cross_entropy(model.logits(x), targets) * weights)
 
     if chunk is None:
-        return total(x, batch["targets"], weights), jnp.sum(weights), aux
+        return total(x, targets, weights), jnp.sum(weights), aux
     length = x.shape[1]
     if chunk < 1 or length % chunk:
         raise UserError(f"chunk={chunk} does not divide seq_len={length}: choose a divisor")
+    parts = token_parts(x)
+    if chunk % parts:
+        raise UserError(
+            f"chunk={chunk} is not a multiple of the {parts} devices that a row is split over: "
+            f"choose one that is, and divides seq_len={length}"
+        )
 
     def split(a: jax.Array) -> jax.Array:
-        return jnp.moveaxis(a.reshape(a.shape[0], length // chunk, chunk, *a.shape[2:]), 1, 0)
+        """`[B, S, ...]` to `[S / chunk, B, chunk, ...]`: of every device's tokens as many."""
+        rows, rest = a.shape[0], a.shape[2:]
+        if parts == 1:
+            return jnp.moveaxis(a.reshape(rows, length // chunk, chunk, *rest), 1, 0)
+        batch, seq, *others = lead_spec(a, a.ndim)
+        a = jnp.reshape(
+            a,
+            (rows, parts, length // chunk, chunk // parts, *rest),
+            out_sharding=P(batch, seq, None, None, *others),
+        )
+        return jnp.reshape(
+            jnp.moveaxis(a, 2, 0),
+            (length // chunk, rows, chunk, *rest),
+            out_sharding=P(None, batch, seq, *others),
+        )
 
     chunked = jax.checkpoint(total)
     sums, _ = jax.lax.scan(
         lambda acc, xs: (acc + chunked(*xs), None),
         jnp.zeros(()),
-        (split(x), split(batch["targets"]), split(weights)),
+        (split(x), split(targets), split(weights)),
     )
     return sums, jnp.sum(weights), aux

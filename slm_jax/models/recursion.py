@@ -31,8 +31,9 @@ import numpy as np
 from flax import nnx
 
 from slm_jax.errors import UserError
-from slm_jax.nn.attention import AttentionConfig, KVCache
+from slm_jax.nn.attention import AttentionConfig
 from slm_jax.nn.block import LayerConfig
+from slm_jax.nn.kv_cache import KVCache, slots_of
 from slm_jax.nn.linear import Linear
 from slm_jax.nn.norm import Norm, NormConfig
 
@@ -210,6 +211,7 @@ def run_recursive(
     states: Any,
     keys: jax.Array | None,
     *,
+    positions: jax.Array,
     segments: jax.Array | None,
     key: jax.Array | None,
     dtype: jnp.dtype,
@@ -225,6 +227,7 @@ def run_recursive(
         states: of the unrolled model, `[periods of prelude + repeats x span + coda, ...]`, or a
             `None` a position.
         keys: `[periods, period]` for the layers' noise, or `None`.
+        positions: `[B or 1, S]` int32, where the tokens stand.
         segments: `[B, S]` int32 or `None`: padding does not keep the others from stopping.
         key: draws the runs, in training; `None` takes `repeats`, or what the tolerance asks for.
         dtype: compute dtype.
@@ -262,7 +265,7 @@ def run_recursive(
     )
     if key is None and config.tolerance is not None:
         real = jnp.ones_like(x[..., 0], bool) if segments is None else segments > 0
-        x, aux, new, runs = _until_settled(span, old, real)
+        x, aux, new, runs = _until_settled(span, old, real, positions)
     elif jax.tree.leaves(states):
         x, aux, new, runs = _with_states(span, old)
     else:
@@ -361,7 +364,7 @@ def _with_states(span: _Span, states: Any) -> tuple[jax.Array, Any, Any, jax.Arr
 
 
 def _until_settled(
-    span: _Span, states: Any, real: jax.Array
+    span: _Span, states: Any, real: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, Any, Any, jax.Array]:
     """Runs until every token has stopped, `repeats` times at most.
 
@@ -374,6 +377,7 @@ def _until_settled(
         span: the layers.
         states: `[repeats, ...]`, or a `None` a position.
         real: `[B, S]` bool, false for padding, which never starts.
+        positions: `[B or 1, S]` int32, where the tokens stand.
 
     Returns:
         As `run_recursive`, but the aux terms and states of the span alone.
@@ -402,32 +406,32 @@ def _until_settled(
     turns, s, aux, states, _, counts = jax.lax.while_loop(unsettled, turn, carry)
     aux = jax.tree.map(lambda a: a / turns, aux)
     if jax.tree.leaves(states):
-        states = tuple(_lend(cache, counts) for cache in states)
+        places = jnp.where(real, positions, -1)
+        states = tuple(_lend(cache, counts, places) for cache in states)
     mean = jnp.sum(counts) / jnp.maximum(jnp.sum(real), 1)
     return s, aux, states, mean.astype(jnp.float32)
 
 
-def _lend(cache: KVCache, counts: jax.Array) -> KVCache:
+def _lend(cache: KVCache, counts: jax.Array, positions: jax.Array) -> KVCache:
     """Gives the runs that a token of this call did not need the keys and values of its last one.
 
     Args:
         cache: `[repeats, periods, ...]`, the first run of this call written in any case.
         counts: `[B, S]` int32, the runs of every token.
+        positions: `[B, S]` int32, where they stand; -1 for padding.
     """
-    repeats, capacity = len(cache.k), cache.positions.shape[-1]
-    kept = min(counts.shape[1], capacity)
-    slots = (cache.written[0, 0] - kept + jnp.arange(kept)) % capacity
-    last = jnp.maximum(counts[:, counts.shape[1] - kept :] - 1, 0)
-    source = jnp.minimum(jnp.arange(repeats)[:, None, None], last)[:, None, :, :, None, None]
+    runs = jnp.arange(len(cache.k))[:, None]
+    slots = slots_of(positions, cache.positions.shape[-1])
 
-    def lent(a: jax.Array) -> jax.Array:
-        written = jnp.take_along_axis(a[:, :, :, slots], source, axis=0)
-        return a.at[:, :, :, slots].set(written)
+    def row(a: jax.Array, slots: jax.Array, counts: jax.Array) -> jax.Array:
+        written = a[:, :, slots]  # [repeats, periods, S, ...]
+        source = jnp.minimum(runs, jnp.maximum(counts - 1, 0))
+        source = source[:, None].reshape(len(a), 1, -1, *(1,) * (a.ndim - 3))
+        return a.at[:, :, slots].set(jnp.take_along_axis(written, source, axis=0), mode="drop")
 
-    def as_first(a: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(a[:1], a.shape)
-
-    return KVCache(lent(cache.k), lent(cache.v), as_first(cache.positions), as_first(cache.written))
+    lent = jax.tree.map(lambda a: jax.vmap(row, (2, 0, 0), 2)(a, slots, counts), cache)
+    first = jnp.broadcast_to(cache.positions[:1], cache.positions.shape)
+    return lent._replace(positions=first)
 
 
 def _cut(tree: Any, low: int | None, high: int | None) -> Any:

@@ -21,7 +21,7 @@ from slm_jax.nn.linear import Embedding, Linear, truncated_normal
 from slm_jax.nn.mlp import MLP, MLPConfig
 from slm_jax.nn.module import Buffer, SparseTable, count_parameters, parameter
 from slm_jax.nn.norm import Norm, NormConfig
-from slm_jax.parallel.rules import has_mesh, lead_spec, spec
+from slm_jax.parallel.rules import has_mesh, lead_spec, refuse_split_rows, spec
 
 _NORM = NormConfig(kind="rms", eps=1e-5, scale="none")
 
@@ -202,8 +202,12 @@ class TRM(nnx.Module):
         Returns:
             New latents; logits `[B, seq_len, vocab_size]` float32; halting logits `[B, 2]`
             float32: halt, continue.
+
+        Raises:
+            UserError: on a mesh that splits rows.
         """
         c = self.config
+        refuse_split_rows("a TRM")
         x = self._embed(inputs, puzzle_ids)
         # All that runs before the last cycle is made of these three, so it has no gradient, and the
         # backward pass keeps nothing of it.

@@ -1,18 +1,22 @@
 """Attention mixer: MHA, GQA and MQA, sliding window, soft-cap, QK-norm, and its KV cache."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from slm_kernels.attention import attention
+from slm_kernels.attention import attention, ring_attention
+from slm_kernels.decode import decode_attention
 
 from slm_jax.errors import UserError
+from slm_jax.nn.kv_cache import KVCache, beside, empty_cache, numbers, packed, written
 from slm_jax.nn.linear import Linear
 from slm_jax.nn.norm import Norm, NormConfig
 from slm_jax.nn.rope import RopeConfig, apply_rope, rope_tables
-from slm_jax.parallel.rules import split_as
+from slm_jax.parallel.rules import MeshAxes, lead_spec, spec, split_as
+from slm_jax.parallel.sequence import on_parts, whole
 
 
 @dataclass(frozen=True)
@@ -73,32 +77,18 @@ class AttentionConfig:
     def state_bytes(self, length: int, itemsize: int) -> int:
         """Keys and values of one row after `length` tokens of `itemsize` bytes a number.
 
-        The position of each slot (4 bytes) is bookkeeping and not counted.
+        With one byte it is int8, which has a float32 scale a token and head. The position of each
+        slot (4 bytes) is bookkeeping and not counted.
         """
         slots = length if self.window is None else min(length, self.window)
-        return 2 * slots * self.n_kv_heads * self.head_dim * itemsize
+        scale = 4 if itemsize == 1 else 0
+        return 2 * slots * self.n_kv_heads * (self.head_dim * itemsize + scale)
 
 
 def visible_keys(seq_len: int, window: int | None = None) -> float:
     """Keys a causal query sees, itself included, on average over the positions of a row."""
     w = seq_len if window is None else min(window, seq_len)
     return (w * (w + 1) // 2 + (seq_len - w) * w) / seq_len
-
-
-class KVCache(NamedTuple):
-    """Keys and values seen so far; with a window, a ring of the last ones.
-
-    Attributes:
-        k: `[B, capacity, n_kv_heads, head_dim]`.
-        v: the same.
-        positions: `[B, capacity]` int32, -1 where a slot is empty or was padding.
-        written: `[]` int32, slots written since the start, padding included.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    positions: jax.Array
-    written: jax.Array
 
 
 class Attention(nnx.Module):
@@ -141,17 +131,20 @@ class Attention(nnx.Module):
         self.q_norm = Norm(weighted, q_shape) if config.qk_norm else None
         self.k_norm = Norm(weighted, k_shape) if config.qk_norm else None
 
-    def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> KVCache:
-        """An empty cache of `max_len` slots, or of `window` slots if that is fewer."""
+    def init_state(
+        self, batch: int, max_len: int, dtype: jax.typing.DTypeLike, spare: int = 0
+    ) -> KVCache:
+        """An empty cache of `max_len` slots, or of `window + spare` slots if that is fewer.
+
+        Args:
+            batch: rows.
+            max_len: tokens that a row will have at most.
+            dtype: of keys and values; int8 is a quantised cache.
+            spare: the last tokens of a row that may be taken back.
+        """
         c = self.config
-        capacity = max_len if c.window is None else min(max_len, c.window)
-        shape = (batch, capacity, c.n_kv_heads, c.head_dim)
-        return KVCache(
-            jnp.zeros(shape, dtype),
-            jnp.zeros(shape, dtype),
-            jnp.full((batch, capacity), -1, jnp.int32),
-            jnp.zeros((), jnp.int32),
-        )
+        slots = max_len if c.window is None else min(max_len, c.window + spare)
+        return empty_cache(batch, slots, c.n_kv_heads, c.head_dim, dtype)
 
     def __call__(
         self,
@@ -185,7 +178,37 @@ class Attention(nnx.Module):
             cos, sin = jax.lax.optimization_barrier(tables)
             q, k = (apply_rope(a, cos, sin, c.rope.layout) for a in (q, k))
         if state is None:
-            y = attention(
+            return self.out(self._attend_row(q, k, v, positions, segments, causal)), None
+        positions = jnp.broadcast_to(positions, x.shape[:2])
+        kv_positions = positions if segments is None else jnp.where(segments > 0, positions, -1)
+        state, new = _split_as_keys(state, k), packed(state, k, v, kv_positions)
+        extended = written(state, new)
+        return self.out(self._attend(q, positions, state, new, extended)), extended
+
+    def remember(self, x: jax.Array, positions: jax.Array, state: KVCache) -> KVCache:
+        """The cache with tokens `[B, S, embed]` at `positions` `[B, S]` that attend to nothing."""
+        k, v, rope = self.k(x), self.v(x), self.config.rope
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        if rope is not None:
+            k = apply_rope(k, *rope_tables(rope, self.config.head_dim, positions), rope.layout)
+        return written(_split_as_keys(state, k), packed(state, k, v, positions))
+
+    def _attend_row(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array | None,
+        causal: bool,
+    ) -> jax.Array:
+        """Attention of the tokens of each row to each other, whether or not rows are split."""
+        c = self.config
+        options: dict[str, Any] = dict(window=c.window, softcap=c.softcap, scale=c.scale)
+        seq = lead_spec(q, 2)[1]
+        if seq is None:
+            return attention(
                 q,
                 k,
                 v,
@@ -195,53 +218,63 @@ class Attention(nnx.Module):
                 kv_segments=segments,
                 causal=causal,
                 in_order=causal,
-                window=c.window,
-                softcap=c.softcap,
-                scale=c.scale,
+                **options,
             )
-            return self.out(y), None
-        positions = jnp.broadcast_to(positions, x.shape[:2])
-        kv_positions = positions if segments is None else jnp.where(segments > 0, positions, -1)
-        state = KVCache(
-            split_as(state.k, k, (0, None, 2, 3)),
-            split_as(state.v, v, (0, None, 2, 3)),
-            split_as(state.positions, k, (0, None)),
-            state.written,
-        )
-        extended, keys = _extend(state, k, v, kv_positions, ring=c.window is not None)
-        y = attention(
-            q,
-            keys.k.astype(q.dtype),
-            keys.v.astype(q.dtype),
-            q_positions=positions,
-            kv_positions=keys.positions,
-            window=c.window,
-            softcap=c.softcap,
-            scale=c.scale,
-        )
-        return self.out(y), extended
+        part = ring_attention if spec(("kv_seq",))[0] == seq else _attend_whole
+        given = {"q": q, "k": k, "v": v, "positions": positions, "segments": segments}
+        return on_parts(partial(part, axis=seq, causal=causal, **options), given, like="q")
+
+    def _attend(
+        self, q: jax.Array, positions: jax.Array, old: KVCache, new: KVCache, extended: KVCache
+    ) -> jax.Array:
+        """Attention `[B, S, heads, head_dim]` of new queries over the tokens so far and the new."""
+        c = self.config
+        length, capacity = q.shape[1], extended.positions.shape[1]
+        options: dict[str, Any] = dict(window=c.window, softcap=c.softcap, scale=c.scale)
+        if length == 1:
+            at = positions[:, 0]
+            y, _ = decode_attention(
+                q[:, 0],
+                extended.k,
+                extended.v,
+                lengths=jnp.minimum(at + 1, capacity),
+                q_positions=at,
+                kv_positions=extended.positions,
+                k_scale=extended.k_scale,
+                v_scale=extended.v_scale,
+                **options,
+            )
+            return y[:, None]
+        # In a ring without room to spare the last of the new tokens overwrite what the first see.
+        in_place = c.window is None or capacity >= c.window + length - 1
+        keys = extended if in_place else beside(old, new)
+        k, v = numbers(keys, q.dtype)
+        return attention(q, k, v, q_positions=positions, kv_positions=keys.positions, **options)
 
 
-def _extend(
-    cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array, *, ring: bool
-) -> tuple[KVCache, KVCache]:
-    """Appends new keys; returns the new cache and the keys the new queries may look at."""
-    capacity, new = cache.positions.shape[1], positions.shape[1]
-    k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
-    kept = min(new, capacity)
-    slots = (cache.written + new - kept + jnp.arange(kept)) % capacity
-    extended = KVCache(
-        cache.k.at[:, slots].set(k[:, -kept:]),
-        cache.v.at[:, slots].set(v[:, -kept:]),
-        cache.positions.at[:, slots].set(positions[:, -kept:]),
-        cache.written + new,
-    )
-    if not ring or new == 1:
-        return extended, extended
-    # Several tokens may overwrite keys that the first of them still sees: look at old and new.
-    return extended, KVCache(
-        jnp.concatenate([cache.k, k], axis=1),
-        jnp.concatenate([cache.v, v], axis=1),
-        jnp.concatenate([cache.positions, positions], axis=1),
-        cache.written,
+def _split_as_keys(cache: KVCache, k: jax.Array) -> KVCache:
+    """Splits a cache over devices as new keys are."""
+    return jax.tree.map(lambda a: split_as(a, k, (0, None, 2, 3)[: a.ndim]), cache)
+
+
+def _attend_whole(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    positions: jax.Array,
+    segments: jax.Array | None,
+    axis: MeshAxes,
+    **options: Any,
+) -> jax.Array:
+    """The queries of one device's part of a row against the gathered keys of the whole row."""
+    return attention(
+        q,
+        whole(k, axis),
+        whole(v, axis),
+        q_positions=positions,
+        kv_positions=whole(positions, axis),
+        q_segments=segments,
+        kv_segments=None if segments is None else whole(segments, axis),
+        **options,
     )

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from slm_jax.nn.attention import Attention, AttentionConfig, KVCache
+from slm_jax.nn.attention import Attention, AttentionConfig
+from slm_jax.nn.kv_cache import KVCache
 from slm_jax.nn.mlp import MLP, MLPConfig
 from slm_jax.nn.moe import MoE, MoEConfig
 from slm_jax.nn.norm import Norm, NormConfig

@@ -73,6 +73,11 @@ class Linear(nnx.Module):
         """Logical names of the dimensions of `w`."""
         return self.batch_axes + self.in_axes + self.out_axes
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Sizes of the out axes."""
+        return tuple(self.w.shape[self.w.ndim - len(self.out_axes) :])
+
     def __call__(self, x: jax.Array, *, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """Contracts the last axes of `x`.
 
@@ -83,15 +88,23 @@ class Linear(nnx.Module):
         Returns:
             `[..., *out]` (`[*batch, ..., *out]`), split as `x` and the out axes are.
         """
-        w = self.weight(x.dtype)
         lead = lead_spec(x, x.ndim - len(self.in_axes))
-        if self.batch_axes or not lead or any(lead[1:]):
-            return self.add_bias(self._contract(x, w, lead, out_dtype))
-        return self.add_bias(self._contract_flat(x, w, lead, out_dtype))
+        contract = self._contract_batched if self.batch_axes else self._contract
+        return self.add_bias(contract(x, lead, out_dtype))
 
     def weight(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The matrix as it is multiplied: `[*batch, *in, *out]`, gathered over `fsdp`."""
-        return gather(self.w[...], self.weight_axes).astype(dtype)
+        return gather(self.w[...].astype(dtype), self.weight_axes)
+
+    def matrix(self, dtype: jax.typing.DTypeLike, lead: tuple[Any, ...]) -> jax.Array:
+        """`weight` as one `[K, N]` over all in and all out axes, for tokens split as `lead` says.
+
+        Reshaped and cast first: the gather then moves what is multiplied.
+        """
+        axes = (self.in_axes[0], self.out_axes[0])
+        k = math.prod(self.w.shape[: len(self.in_axes)])
+        w = jnp.reshape(self.w[...], (k, -1), out_sharding=result_split(*spec(axes)))
+        return gather(w.astype(dtype), axes, lead)
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         """Adds the bias, if there is one, to `[*batch, ..., *out]`."""
@@ -102,8 +115,8 @@ class Linear(nnx.Module):
         bias = self.b[...].reshape(*self.b.shape[:n_batch], *ones, *self.b.shape[n_batch:])
         return y + bias.astype(y.dtype)
 
-    def _contract(
-        self, x: jax.Array, w: jax.Array, lead: tuple[Any, ...], dtype: jax.typing.DTypeLike | None
+    def _contract_batched(
+        self, x: jax.Array, lead: tuple[Any, ...], dtype: jax.typing.DTypeLike | None
     ) -> jax.Array:
         """One einsum over all axes as they are, batch axes included."""
         n_batch, n_in = len(self.batch_axes), len(self.in_axes)
@@ -114,33 +127,35 @@ class Linear(nnx.Module):
         return jnp.einsum(
             x,
             batch + free + inner,
-            w,
+            self.weight(x.dtype),
             batch + inner + outer,
             batch + free + outer,
             preferred_element_type=dtype,
             out_sharding=result_split(*lead, *spec(self.out_axes, gathered=True)),
         )
 
-    def _contract_flat(
-        self, x: jax.Array, w: jax.Array, lead: tuple[Any, ...], dtype: jax.typing.DTypeLike | None
+    def _contract(
+        self, x: jax.Array, lead: tuple[Any, ...], dtype: jax.typing.DTypeLike | None
     ) -> jax.Array:
-        """The same as a product of two matrices, where no axis but the first of `x` is split.
+        """A product of two matrices, of more only where an axis after the first of `x` is split.
 
         XLA:CPU transposes the operands of a product over several axes, and fuses the transposes
         into the elementwise code around it: a train step takes 1.4 times as long.
         """
-        n_in = len(self.in_axes)
-        rows, outs = x.shape[: x.ndim - n_in], w.shape[n_in:]
-        k = math.prod(w.shape[:n_in])
+        w = self.matrix(x.dtype, lead)
+        rows = x.shape[: len(lead)]
         ins, out = spec(self.in_axes, gathered=True), spec(self.out_axes, gathered=True)
+        flat, places = rows, lead
+        if lead and not any(lead[1:]):
+            flat, places = (math.prod(rows),), lead[:1]
         y = jnp.einsum(
-            "ik,kj->ij",
-            jnp.reshape(x, (math.prod(rows), k), out_sharding=result_split(lead[0], ins[0])),
-            jnp.reshape(w, (k, math.prod(outs)), out_sharding=result_split(ins[0], out[0])),
+            "...k,kj->...j",
+            jnp.reshape(x, (*flat, w.shape[0]), out_sharding=result_split(*places, ins[0])),
+            w,
             preferred_element_type=dtype,
-            out_sharding=result_split(lead[0], out[0]),
+            out_sharding=result_split(*places, out[0]),
         )
-        return jnp.reshape(y, (*rows, *outs), out_sharding=result_split(*lead, *out))
+        return jnp.reshape(y, (*rows, *self.out_shape), out_sharding=result_split(*lead, *out))
 
     def grouped(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """Rows sorted by expert times each expert's own matrix (no capacity, nothing dropped).
@@ -171,8 +186,8 @@ class Embedding(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits of a tied head: `[B, S, embed]` to `[B, S, vocab]` in float32."""
-        w = gather(self.w[...], ("vocab", "embed")).astype(x.dtype)
         lead, (vocab,) = lead_spec(x, x.ndim - 1), spec(("vocab",), gathered=True)
+        w = gather(self.w[...].astype(x.dtype), ("vocab", "embed"), lead)
         rows = x
         if lead and not any(lead[1:]):  # as in `Linear._contract_flat`
             rows = jnp.reshape(x, (-1, x.shape[-1]), out_sharding=result_split(lead[0], None))
@@ -190,9 +205,12 @@ def look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
     """Rows of a table: `[n, embed]` and `[...]` int32 to `[..., embed]`, split as `rows` is."""
     if not has_mesh():
         return table[rows]
-    # Fully gathered first: the backward of a lookup in a split table makes XLA replicate it.
-    table = jax.reshard(table, P(None, None))
-    return table.at[rows].get(out_sharding=P(*lead_spec(rows, rows.ndim), None))
+    # Gathered first: the backward of a lookup in a split table makes XLA replicate it.
+    lead, (_, columns) = lead_spec(rows, rows.ndim), lead_spec(table, 2)
+    table = jax.reshard(table, P(None, columns))
+    if columns is not None:
+        table = gather(table, (None, "embed"), lead)
+    return table.at[rows].get(out_sharding=P(*lead, None))
 
 
 def result_split(*entries: Any) -> P | None:

@@ -2,18 +2,26 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from slm_kernels.dispatch import platform
 
 from slm_jax.errors import UserError
 from slm_jax.nn.linear import Linear
 from slm_jax.nn.mlp import Activation, activate
 from slm_jax.nn.module import Buffer
 from slm_jax.nn.router import route
+from slm_jax.parallel.experts import (
+    Axes,
+    expert_axes,
+    from_buckets,
+    to_buckets,
+    to_experts,
+)
 from slm_jax.parallel.rules import has_mesh, lead_spec
 
 
@@ -126,67 +134,117 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Sends tokens to experts and back: `[B, S, embed]` and which choices were served."""
         apply = _dropless if self.config.dispatch == "dropless" else _capacity
+        networks = _Networks(self.gate, self.up, self.down)
         if not has_mesh():
-            return apply(self, x, weights, experts)
-        # Sorting is local to a device: every batch shard routes its own tokens, with all experts
-        # gathered. The balance terms above are means over the whole batch all the same.
-        split = P(*lead_spec(x, 3))
-        graph = jax.tree.map(lambda leaf: P(*(None,) * leaf.ndim), self)
-        gathered = jax.tree.map(lambda leaf: jax.reshard(leaf, P(*(None,) * leaf.ndim)), self)
+            return apply(self.config, networks, Axes(), x, weights, experts)
+        # Every device routes its own tokens, to experts that stand where the table says. The
+        # balance terms above are means over the whole batch all the same.
+        lead = lead_spec(x, 2)
+        # A quantised matrix is scaled over all of its inputs: it cannot be split along them.
+        plain = all(type(network) is Linear for network in networks)
+        axes = expert_axes(lead, split_width=plain)
+        if plain:  # the gather then moves what is multiplied
+            networks = jax.tree.map(lambda w: w.astype(x.dtype), networks)
+        specs, tokens = axes.specs(networks), P(*lead, None)
+
+        def on_device(networks: _Networks, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return apply(self.config, axes.gather(networks, specs), axes, *args)
+
         return jax.shard_map(
-            apply, in_specs=(graph, split, split, split), out_specs=(split, split)
-        )(gathered, x, weights, experts)
+            on_device,
+            in_specs=(specs, tokens, tokens, tokens),
+            out_specs=(tokens, tokens),
+        )(jax.tree.map(jax.reshard, networks, specs), x, weights, experts)
 
 
-def _expert_mlp(moe: MoE, x: jax.Array, group_sizes: jax.Array | None) -> jax.Array:
+class _Networks(NamedTuple):
+    """The experts: one matrix of each kind an expert, or those of the experts of one device."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+def _expert_mlp(
+    config: MoEConfig, networks: _Networks, x: jax.Array, group_sizes: jax.Array | None
+) -> jax.Array:
+    gate, up, down = networks
     if group_sizes is None:
-        return moe.down(activate(moe.up(x), moe.gate(x), moe.config.activation))
-    h = activate(
-        moe.up.grouped(x, group_sizes),
-        moe.gate.grouped(x, group_sizes),
-        moe.config.activation,
-    )
-    return moe.down.grouped(h, group_sizes)
+        return down(activate(up(x), gate(x), config.activation))
+    h = activate(up.grouped(x, group_sizes), gate.grouped(x, group_sizes), config.activation)
+    return down.grouped(h, group_sizes)
 
 
 def _dropless(
-    moe: MoE, x: jax.Array, weights: jax.Array, experts: jax.Array
+    config: MoEConfig,
+    networks: _Networks,
+    axes: Axes,
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Sorts (token, choice) pairs by expert and multiplies each run by its own matrices."""
-    k, d = experts.shape[-1], x.shape[-1]
+    c, k, d = config, experts.shape[-1], x.shape[-1]
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    group_sizes = jnp.sum(flat[:, None] == jnp.arange(moe.config.n_experts), axis=0)
-    y = _expert_mlp(moe, x.reshape(-1, d)[order // k], group_sizes.astype(jnp.int32))
+    group_sizes = jnp.sum(flat[:, None] == jnp.arange(c.n_experts), axis=0).astype(jnp.int32)
+    rows = x.reshape(-1, d)[order // k]
+    if not axes.experts:
+        y = _expert_mlp(c, networks, rows, group_sizes)
+    else:
+        # A token chooses different experts: so many of its rows can go to one device.
+        here = min(k, c.n_experts // jax.lax.axis_size(axes.experts))
+        rows, group_sizes, back = to_experts(
+            rows,
+            group_sizes,
+            axes.experts,
+            most=len(order) // k * here,
+            ragged=platform() != "cpu",
+        )
+        y = back(_expert_mlp(c, networks, rows, group_sizes))
     y = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
     y = jnp.einsum("tkd,tk->td", y.reshape(-1, k, d), weights.reshape(-1, k))
-    return y.reshape(x.shape), jnp.ones(experts.shape, bool)
+    return axes.sum_widths(y.reshape(x.shape)), jnp.ones(experts.shape, bool)
 
 
 def _capacity(
-    moe: MoE, x: jax.Array, weights: jax.Array, experts: jax.Array
+    config: MoEConfig,
+    networks: _Networks,
+    axes: Axes,
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Gives each expert a fixed number of slots a row, filled in token order; drops the rest.
 
     Counted a row (a GShard group), so that neither the batch nor its split changes what is dropped.
     """
-    c = moe.config
+    c = config
     rows, length, k = experts.shape
     d = x.shape[-1]
     flat = experts.reshape(rows, -1)
-    slots = max(1, math.ceil(length * k / c.n_experts * c.capacity_factor))
+    parts = jax.lax.axis_size(axes.tokens) if axes.tokens else 1
+    slots = max(1, math.ceil(length * parts * k / c.n_experts * c.capacity_factor))
     member = (flat[..., None] == jnp.arange(c.n_experts)).astype(jnp.int32)
     place = jnp.sum((jnp.cumsum(member, axis=1) - 1) * member, axis=-1)
-    kept = place < slots
+    # Tokens of the row's earlier parts took their slots first.
+    before = axes.sum_before(jnp.sum(member, axis=1))
+    kept = place + jnp.sum(before[:, None] * member, axis=-1) < slots
+    slots = min(slots, length)  # of this part: a token chooses an expert at most once
     row = jnp.arange(rows)[:, None] * slots
     slot = jnp.where(kept, flat * rows * slots + row + place, c.n_experts * rows * slots)
     source = jnp.repeat(x.reshape(-1, d), k, axis=0)
     buckets = jnp.zeros((c.n_experts * rows * slots, d), x.dtype)
     buckets = buckets.at[slot.reshape(-1)].set(source, mode="drop")
-    y = _expert_mlp(moe, buckets.reshape(c.n_experts, rows * slots, d), None).reshape(-1, d)
-    y = y.at[slot].get(mode="fill", fill_value=0)
+    buckets = buckets.reshape(c.n_experts, rows * slots, d)
+    if not axes.experts:
+        y = _expert_mlp(c, networks, buckets, None)
+    else:
+        y = _expert_mlp(c, networks, to_buckets(buckets, axes.experts), None)
+        y = from_buckets(y, axes.experts)
+    y = y.reshape(-1, d).at[slot].get(mode="fill", fill_value=0)
     y = jnp.einsum("bskd,bsk->bsd", y.reshape(rows, length, k, d), weights)
-    return y, kept.reshape(experts.shape)
+    return axes.sum_widths(y), kept.reshape(experts.shape)
 
 
 def balanced_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:

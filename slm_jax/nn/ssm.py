@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ from slm_jax.errors import UserError
 from slm_jax.nn.linear import Linear
 from slm_jax.nn.module import parameter
 from slm_jax.nn.norm import Norm, NormConfig
-from slm_jax.parallel.rules import split_as
+from slm_jax.parallel.rules import MeshAxes, lead_spec, split_as
+from slm_jax.parallel.sequence import carry_in, halo, on_parts
 
 # Range of the initial step sizes and their floor (section 3.6 and the reference code).
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -67,8 +69,12 @@ class MambaConfig:
         }
 
     def state_bytes(self, length: int, itemsize: int) -> int:
-        """Convolution inputs and float32 state of one row, whatever its length."""
-        return self.d_inner * ((self.d_conv - 1) * itemsize + 4 * self.d_state)
+        """Convolution inputs and float32 state of one row, whatever its length.
+
+        Beside keys and values of one byte the inputs are float32.
+        """
+        inputs = 4 if itemsize == 1 else itemsize
+        return self.d_inner * ((self.d_conv - 1) * inputs + 4 * self.d_state)
 
     def resolved_dt_rank(self, d_model: int) -> int:
         """`dt_rank`, or its default for this width."""
@@ -140,8 +146,12 @@ class Mamba(nnx.Module):
         self.norms = nnx.List([Norm(rms, n) for n in widths]) if c.inner_norms else None
 
     def init_state(self, batch: int, max_len: int, dtype: jnp.dtype) -> MambaState:
-        """The state before the first token; its size does not depend on `max_len`."""
+        """The state before the first token; its size does not depend on `max_len`.
+
+        int8 is for keys and values: the convolution's inputs are then float32.
+        """
         c = self.config
+        dtype = jnp.dtype(jnp.float32 if dtype == jnp.int8 else dtype)
         return MambaState(
             jnp.zeros((batch, c.d_conv - 1, c.d_inner), dtype),
             jnp.zeros((batch, c.d_inner, c.d_state), jnp.float32),
@@ -176,17 +186,17 @@ class Mamba(nnx.Module):
         real = None if segments is None else (segments > 0)[..., None]
         if real is not None:  # before and after the convolution, so that padding leaves no trace
             u = jnp.where(real, u, 0)
-        reset = conv_segments = None
-        if segments is not None and state is None:
-            conv_segments = segments
-            reset = segments != jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
-        u, conv = causal_conv1d(
-            u,
-            self.conv_w[...],
-            None if self.conv_b is None else self.conv_b[...],
-            segments=conv_segments,
-            history=None if state is None else state.conv,
-        )
+        documents = segments if state is None else None
+        conv_b = None if self.conv_b is None else self.conv_b[...]
+        seq = lead_spec(u, 2)[1]
+        if seq is None:
+            history = None if state is None else state.conv
+            u, conv = causal_conv1d(
+                u, self.conv_w[...], conv_b, segments=documents, history=history
+            )
+        else:
+            given = {"x": u, "w": self.conv_w[...], "bias": conv_b, "segments": documents}
+            u = on_parts(partial(_conv_part, seq), given, like="x")
         u = jax.nn.silu(u)
         if real is not None:
             u = jnp.where(real, u, 0)
@@ -195,15 +205,71 @@ class Mamba(nnx.Module):
         if self.norms is not None:
             dt, b, cc = (norm(a) for norm, a in zip(self.norms, (dt, b, cc), strict=True))
         dt = jax.nn.softplus(self.dt(dt).astype(jnp.float32) + self.dt_bias[...])
-        y, ssm = selective_scan(
-            u,
-            dt,
-            -jnp.exp(self.a_log[...]),
-            b,
-            cc,
-            self.d[...],
-            reset=reset,
-            initial_state=None if state is None else state.ssm,
-        )
+        a = -jnp.exp(self.a_log[...])
+        if seq is None:
+            y, ssm = selective_scan(
+                u,
+                dt,
+                a,
+                b,
+                cc,
+                self.d[...],
+                reset=None if documents is None else _begins(documents, documents[:, :1]),
+                initial_state=None if state is None else state.ssm,
+            )
+        else:
+            given = {"u": u, "dt": dt, "a": a, "b": b, "c": cc, "d": self.d[...]}
+            y = on_parts(partial(_scan_part, seq), given | {"segments": documents}, like="u")
         y = self.out(y * jax.nn.silu(z))
         return y, None if state is None else MambaState(conv.astype(state.conv.dtype), ssm)
+
+
+def _begins(segments: jax.Array, before: jax.Array) -> jax.Array:
+    """Where a document begins: `[B, S]` bool, from ids and those of the token before, `[B, 1]`."""
+    return segments != jnp.concatenate([before, segments[:, :-1]], axis=1)
+
+
+def _conv_part(
+    seq: MeshAxes,
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    segments: jax.Array | None,
+) -> jax.Array:
+    """The convolution over one device's part of a row, which reaches into the part before it."""
+    taps = w.shape[0]
+    if x.shape[1] < taps - 1:
+        raise UserError(
+            f"d_conv={taps} reaches over more than the {x.shape[1]} tokens of a row that each "
+            "device has: split rows over fewer devices (mesh.sequence)"
+        )
+    history = halo(x, taps - 1, seq)
+    if segments is not None:  # what is of another document than the first token is not seen
+        same = halo(segments, taps - 1, seq) == segments[:, :1]
+        history = jnp.where(same[..., None], history, 0)
+    return causal_conv1d(x, w, bias, segments=segments, history=history)[0]
+
+
+def _scan_part(
+    seq: MeshAxes,
+    u: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array,
+    segments: jax.Array | None,
+) -> jax.Array:
+    """The scan over one device's part of a row, which goes on from the part before it.
+
+    Twice: once from zero, which gives what the part adds to the state, and once from the state
+    that the parts before it have left. The scan is a small part of the layer; to wait for the
+    part before would take as long as there are parts.
+    """
+    reset = None if segments is None else _begins(segments, halo(segments, 1, seq))
+    _, added = selective_scan(u, dt, a, b, c, d, reset=reset)
+    decay = jnp.exp(jnp.sum(dt, axis=1)[..., None] * a)
+    if reset is not None:
+        decay = jnp.where(jnp.any(reset, axis=1)[:, None, None], 0.0, decay)
+    before = carry_in(decay, added, seq)
+    return selective_scan(u, dt, a, b, c, d, reset=reset, initial_state=before)[0]

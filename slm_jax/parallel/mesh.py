@@ -1,8 +1,9 @@
 """The device mesh: five named axes, all Explicit, size one where unused."""
 
+import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from slm_jax.errors import UserError
+from slm_jax.parallel.rules import use_rules
 
 MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
@@ -23,11 +25,14 @@ class MeshConfig:
     fsdp: int = -1
     """Batch and weights are both split; weights are gathered where they are used."""
     expert: int = 1
-    """MoE experts are split."""
+    """Batch is split, and inside a mixture-of-experts layer the experts are."""
     sequence: int = 1
     """Tokens of one row are split."""
     tensor: int = 1
     """Heads, MLP width and vocabulary are split."""
+    ring: bool = False
+    """Attention over tokens of split rows passes keys round the devices in place of gathering them:
+    the same result in less memory."""
 
     def resolve(self, n_devices: int) -> tuple[int, ...]:
         """Axis sizes in the order of `MESH_AXES`, with -1 filled in.
@@ -35,7 +40,7 @@ class MeshConfig:
         Raises:
             UserError: if the sizes cannot multiply to `n_devices`.
         """
-        sizes = [getattr(self, f.name) for f in fields(self)]
+        sizes = [getattr(self, name) for name in MESH_AXES]
         open_axes = [i for i, n in enumerate(sizes) if n == -1]
         if len(open_axes) > 1 or any(n < 1 and n != -1 for n in sizes):
             raise UserError(f"mesh={sizes}: sizes are positive and at most one of them is -1")
@@ -48,6 +53,10 @@ class MeshConfig:
                 f"device(s): the product of the axes must be {n_devices}"
             )
         return tuple(sizes)
+
+    def rules(self) -> contextlib.AbstractContextManager[None]:
+        """The table of logical axes as this mesh wants it, for `with` around the tracing."""
+        return use_rules(kv_seq="sequence" if self.ring else None)
 
 
 def make_mesh(

@@ -6,10 +6,12 @@ this table maps the names to mesh axes. Models never mention a mesh axis or a `P
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,8 +22,10 @@ MeshAxes = str | tuple[str, ...] | None
 
 RULES: dict[str, MeshAxes] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "seq": "sequence",
+    # Keys of attention over a split row: gathered (None), or split and passed round ("sequence").
+    "kv_seq": None,
     # weights
     "embed": "fsdp",
     "heads": "tensor",
@@ -93,13 +97,114 @@ def has_mesh() -> bool:
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
-def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """All-gathers a weight over `fsdp` where it is used; its gradient is reduce-scattered.
+def gather(
+    weight: jax.Array, axes: tuple[str | None, ...], lead: tuple[MeshAxes, ...] = ()
+) -> jax.Array:
+    """All-gathers a weight over `fsdp` where it is used.
 
     Done by hand, inside the scanned and rematerialised block: left to the compiler the gather of
     a stacked weight may be hoisted out of the layer loop and cost the memory FSDP was to save.
+
+    The gradient goes the same way back: reduce-scattered over `fsdp`, and of what is left of it an
+    all-reduce over the other axes that tokens are split over. Left to the compiler it is
+    all-reduced over all of them, and then cut: up to twice the bytes.
+
+    Args:
+        weight: split as `axes` say.
+        axes: its logical axes.
+        lead: how the tokens are split that it is used on (`lead_spec`): each part of them gives
+            the gradient a summand.
     """
-    return jax.reshard(weight, spec(axes, gathered=True)) if has_mesh() else weight
+    if not has_mesh():
+        return weight
+    split, whole = spec(axes), spec(axes, gathered=True)
+    shape = jax.sharding.get_abstract_mesh().shape
+    tokens = {axis for entry in lead for axis in names(entry)}
+    if "fsdp" not in split or "fsdp" not in tokens or shape["fsdp"] == 1:
+        return jax.reshard(weight, whole)
+    others = tuple(axis for axis in shape if axis in tokens - {"fsdp"})
+
+    def run(part: jax.Array) -> jax.Array:
+        part = jax.lax.pcast(part, others, to="reduced") if others else part
+        return gather_dim(part, split.index("fsdp"), to="reduced")
+
+    out = P(*whole, reduced=tokens)
+    return jax.shard_map(run, in_specs=split, out_specs=out)(jax.reshard(weight, split))
+
+
+def gather_dim(part: jax.Array, dim: int, *, to: str) -> jax.Array:
+    """In `shard_map`: all-gathers a dimension over `fsdp`.
+
+    A last dimension moves to the front for it: the reduce-scatter of the gradient along the last
+    dimension becomes an all-reduce on TPUs.
+
+    Args:
+        part: of this device.
+        dim: the dimension that is split.
+        to: the type of the result, as of `jax.lax.all_gather`.
+    """
+    if dim < part.ndim - 1:
+        return jax.lax.all_gather(part, "fsdp", axis=dim, tiled=True, to=to)
+    moved = jax.lax.all_gather(jnp.moveaxis(part, dim, 0), "fsdp", tiled=True, to=to)
+    return jnp.moveaxis(moved, 0, dim)
+
+
+def split_rows[Tree](arrays: Tree) -> Tree:
+    """Splits each `[B, S]` of a tree along its tokens too, as the rule for `seq` says.
+
+    Rows come whole to every device of a `sequence` group, so nothing is sent. Where the axis has
+    size one nothing is said about the tokens: kernels then see whole rows.
+
+    Raises:
+        UserError: if S is not a multiple of the axis.
+    """
+    (seq,) = spec(("seq",))
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[a] for a in names(seq)) if has_mesh() else 1
+
+    def one(x: jax.Array) -> jax.Array:
+        if parts == 1:
+            return x
+        if x.shape[1] % parts:
+            raise UserError(
+                f"seq_len={x.shape[1]} is not a multiple of mesh axis {seq}={parts}: choose "
+                f"{max(1, round(x.shape[1] / parts)) * parts}, or split rows over fewer devices"
+            )
+        return jax.reshard(x, P(*lead_spec(x, 1), seq))
+
+    return jax.tree.map(one, arrays)
+
+
+def refuse_split_rows(model: str) -> None:
+    """Says so where a model does not split rows: every device of an axis would do the same work.
+
+    Raises:
+        UserError: if the mesh has a `sequence` axis.
+    """
+    (seq,) = spec(("seq",))
+    shape = jax.sharding.get_abstract_mesh().shape
+    parts = math.prod(shape.get(axis, 1) for axis in names(seq))
+    if parts > 1:
+        raise UserError(
+            f"mesh.{seq}={parts}: {model} works on whole rows: split the batch (data, fsdp) or "
+            "heads and widths (tensor) instead"
+        )
+
+
+def token_parts(x: jax.Array) -> int:
+    """How many devices the tokens of a row of `x` `[B, S, ...]` are split over."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in names(lead_spec(x, 2)[1]))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in names(spec(("batch",))[0]))
+
+
+def names(entry: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes in one entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def lead_spec(x: jax.Array, n: int) -> tuple[Any, ...]:
@@ -122,6 +227,17 @@ def split_as(x: jax.Array, like: jax.Array, dims: tuple[int | None, ...]) -> jax
     return jax.reshard(x, P(*(None if d is None else split[d] for d in dims)))
 
 
+def leaf_axes(leaf: nnx.Variable) -> tuple[str | None, ...]:
+    """The logical axis of every dimension of a leaf; leading ones, of stacked layers, have none."""
+    axes = leaf.get_metadata().get("axes", ())
+    return (None,) * (len(leaf.get_value().shape) - len(axes)) + tuple(axes)
+
+
+def leaf_spec(leaf: nnx.Variable) -> P:
+    """How a leaf is split."""
+    return spec(leaf_axes(leaf))
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Replaces every `nnx.Variable` in `tree` by its `NamedSharding` on `mesh`.
 
@@ -137,14 +253,10 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, P())
         if not jax.tree.leaves(leaf):  # a variable that an optimiser left out (optax MaskedNode)
             return leaf
-        value = leaf.get_value()
-        axes = leaf.get_metadata().get("axes", ())
-        axes = (None,) * (len(value.shape) - len(axes)) + tuple(axes)
-        sharding = NamedSharding(mesh, spec(axes))
+        value, axes = leaf.get_value(), leaf_axes(leaf)
+        sharding = NamedSharding(mesh, leaf_spec(leaf))
         for size, name, entry in zip(value.shape, axes, sharding.spec, strict=True):
-            split = 1
-            for axis in (entry,) if isinstance(entry, str) else (entry or ()):
-                split *= mesh.shape[axis]
+            split = math.prod(mesh.shape[axis] for axis in names(entry))
             if size % split:
                 raise UserError(
                     f"{jax.tree_util.keystr(path, simple=True, separator='.')}: axis {name!r} of "
@@ -156,15 +268,3 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         one, tree, is_leaf=lambda v: isinstance(v, nnx.Variable)
     )
-
-
-def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Turns this process's host rows into global arrays split over the batch axes.
-
-    Args:
-        batch: host arrays whose first dimension is this process's rows, `[rows, ...]`; arrays
-            with a leading accumulation dimension are not expected here.
-        mesh: the mesh the arrays live on.
-    """
-    sharding = NamedSharding(mesh, spec(("batch",)))
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

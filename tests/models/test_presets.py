@@ -19,8 +19,9 @@ from slm_jax.models.presets import (
     summary,
 )
 from slm_jax.models.recursion import RecursionConfig
-from slm_jax.nn.attention import AttentionConfig, KVCache
+from slm_jax.nn.attention import AttentionConfig
 from slm_jax.nn.block import LayerConfig
+from slm_jax.nn.kv_cache import KVCache
 from slm_jax.nn.mlp import MLPConfig
 from slm_jax.nn.module import count_parameters
 from slm_jax.nn.moe import MoEConfig
@@ -153,15 +154,16 @@ def test_unlike_any_preset_names_all() -> None:
 
 
 @pytest.mark.parametrize("name", [*PARAMETERS, *ODD])
-@pytest.mark.parametrize(("length", "dtype"), [(37, "float32"), (6000, "bfloat16")])
+@pytest.mark.parametrize(("length", "dtype"), [(37, "float32"), (6000, "bfloat16"), (6000, "int8")])
 def test_state_bytes_are_those_of_the_state(name: str, length: int, dtype: str) -> None:
     config = ODD.get(name) or preset(name)
     model = abstract(config)
     state = jax.eval_shape(lambda: model.init_state(1, length, jnp.dtype(dtype)))
     held = 0
     for part in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, KVCache | MambaState)):
-        arrays = (part.k, part.v) if isinstance(part, KVCache) else (part.conv, part.ssm)
-        held += sum(a.size * a.dtype.itemsize for a in arrays)
+        if isinstance(part, KVCache):
+            part = part._replace(positions=None)
+        held += sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(part))
     assert state_bytes(config, length, dtype) == held
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from slm_jax.errors import UserError
-from slm_jax.infer.generate import decode, left_pad, prefill
+from slm_jax.infer.step import decode, left_pad, prefill
 from slm_jax.models.flops import forward_flops, training_flops
 from slm_jax.models.hf import config_to_hf
 from slm_jax.models.lm import LM, LMConfig
@@ -289,7 +289,6 @@ def settled_by_hand(model: LM, ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
                 cache = caches[i][deeper]
                 cache.k[:, t], cache.v[:, t] = caches[i][run].k[:, t], caches[i][run].v[:, t]
                 cache.positions[:, t] = t
-                caches[i][deeper] = cache._replace(written=np.array(t + 1, np.int32))
         logits.append(model.logits(model.final_norm(layer(s, 3, 0)))[0, 0])
         counts.append(run + 1)
     return np.stack(logits), counts

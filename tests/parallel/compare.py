@@ -1,16 +1,19 @@
 """Run by test_equality.py in a process of its own, so that XLA's log can be read.
 
-    python compare.py ARCHITECTURE[@tpu]:DATAxFSDPxTENSOR,... ...
+    python compare.py ARCHITECTURE[@tpu|@ring]:MESH,... ...
 
-With `@tpu` after the architecture the meshes run its TPU kernels, interpreted, and are compared
-with the same program without them. For every architecture it writes a line to stderr, which what
-XLA logs then follows, and a JSON object to stdout: a list with the result on every mesh. A
-gradient's error is the largest one over the largest value. The architecture "control" compiles
-something that XLA can only do by replicating an array.
+A mesh is named by its axes, as in `expert4-fsdp2`. With `@tpu` after the architecture the meshes
+run its TPU kernels, interpreted, and are compared with the same program without them; with `@ring`
+keys go round the devices that a row is split over. For every architecture it writes a line to
+stderr, which what XLA logs then follows, and a JSON object to stdout: a list with the result on
+every mesh. A gradient's error is the largest one over the largest value. The architecture
+"control" compiles something that XLA can only do by replicating an array.
 """
 
 import contextlib
+import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from unittest import mock
@@ -27,7 +30,7 @@ from slm_jax.models.recursion import RecursionConfig
 from slm_jax.parallel import MeshConfig, make_mesh, shard_batch, shardings
 from tests.nn.tiny import tiny_lm, tokens
 
-ROWS, LENGTH = 8, 12
+ROWS, LENGTH = 8, 16
 
 
 def control() -> None:
@@ -42,10 +45,18 @@ def control() -> None:
     jax.jit(resplit).lower(jnp.zeros((64, 64))).compile()
 
 
+def parse_mesh(name: str) -> MeshConfig:
+    """A mesh by axes and sizes, as in `expert4-fsdp2`; axes left out have size one."""
+    parts = [re.fullmatch(r"([a-z]+)(\d+)", part) for part in name.split("-")]
+    sizes = {part[1]: int(part[2]) for part in parts if part is not None}
+    assert len(sizes) == len(parts), name
+    return MeshConfig(**({"fsdp": 1} | sizes))
+
+
 @jax.jit
 @jax.value_and_grad
 def loss_of(model, batch):
-    nll, weight, aux = next_token_loss(model, batch, chunk=6)
+    nll, weight, aux = next_token_loss(model, batch, chunk=8)
     return nll / weight + sum(jnp.sum(v) for k, v in sorted(aux.items()) if k != "moe_load")
 
 
@@ -61,8 +72,15 @@ def tpu_kernels() -> Iterator[None]:
 
 
 def compare(architecture: str, meshes: list[str]) -> list[dict]:
-    """Loss and gradients on every mesh against the same program without one."""
-    architecture, _, kernels = architecture.partition("@")
+    """Loss and gradients on every mesh against the same program without one.
+
+    Args:
+        architecture: of `tests.nn.tiny`, or `looped`; with `@tpu` its kernels are interpreted,
+            with `@ring` keys go round.
+        meshes: as of `parse_mesh`.
+    """
+    architecture, _, way = architecture.partition("@")
+    kernels = way == "tpu"
     # An interpreted kernel has effects, which rematerialisation refuses.
     changes: dict = dict(remat="none" if kernels else "full", n_layers=2)
     if architecture == "looped":
@@ -80,9 +98,11 @@ def compare(architecture: str, meshes: list[str]) -> list[dict]:
     loss, gradient = loss_of(model, batch)
     results = []
     for name in meshes:
-        data, fsdp, tensor = map(int, name.split("x"))
-        mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-        with jax.set_mesh(mesh), tpu_kernels() if kernels else contextlib.nullcontext():
+        config = dataclasses.replace(parse_mesh(name), ring=way == "ring")
+        mesh = make_mesh(config)
+        loss_of.clear_cache()  # rules are no part of what it is cached by
+        interpreted = tpu_kernels() if kernels else contextlib.nullcontext()
+        with jax.set_mesh(mesh), config.rules(), interpreted:
             split = jax.device_put(model, shardings(model, mesh))
             got, got_gradient = loss_of(split, shard_batch(batch, mesh))
         errors = jax.tree.map(

@@ -33,21 +33,39 @@ def compare(*arguments: str) -> dict[str, tuple[list[dict], str]]:
 
 
 ARCHITECTURES = ["dense", "moe", "moe_capacity", "mamba", "hybrid", "looped"]
-# One process for the test of every day, and one for the meshes that dense alone stands for there.
+# One process for the tests of every day: each architecture with weights gathered, and on the axes
+# that do something of their own to it.
 EVERY_DAY = (
-    "dense:8x1x1,1x8x1,2x4x1,2x2x2",
-    *(f"{name}:2x4x1,1x4x2" for name in ARCHITECTURES[1:]),
+    "dense:data8,fsdp8,data2-fsdp2-tensor2",
+    "moe:data2-fsdp4,expert4-fsdp2",
+    "moe_capacity:sequence2-expert2-tensor2",
+    "mamba:sequence4-tensor2",
+    "hybrid:fsdp4-tensor2",
+    "looped:data2-fsdp4",
+    "dense@ring:sequence4-tensor2",
     "control",
 )
-KERNELS = ("dense@tpu:2x2x2", "mamba@tpu:2x2x2", "control")
+KERNELS = ("dense@tpu:data2-fsdp2-tensor2", "mamba@tpu:data2-fsdp2-tensor2", "control")
 THE_OTHER_KERNELS = (
-    "dense@tpu:8x1x1,1x8x1",
-    "mamba@tpu:8x1x1,1x8x1",
-    "moe@tpu:8x1x1,1x8x1,2x2x2",
-    "hybrid@tpu:8x1x1,1x8x1,2x2x2",
+    "dense@tpu:data8,fsdp8",
+    "mamba@tpu:data8,fsdp8,sequence4-tensor2",
+    "moe@tpu:data8,fsdp8,data2-fsdp2-tensor2",
+    "hybrid@tpu:data8,fsdp8,data2-fsdp2-tensor2",
     "control",
 )
-THE_REST = (*(f"{name}:8x1x1,1x8x1,2x2x2" for name in ARCHITECTURES[1:]), "control")
+_ALL = "data8,fsdp8,data2-fsdp2-tensor2,data2-fsdp2-expert2,sequence2-fsdp2-tensor2"
+_SPARSE = f"{_ALL},expert4-fsdp2,expert4-tensor2,expert2-sequence2-tensor2"
+THE_REST = (
+    f"dense:{_ALL},data2-fsdp4,sequence8",
+    f"moe:{_SPARSE}",
+    f"moe_capacity:{_SPARSE}",
+    f"mamba:{_ALL},data2-fsdp4,sequence8",
+    f"hybrid:{_SPARSE},sequence4-tensor2,sequence2-fsdp2-expert2",
+    f"looped:{_ALL},sequence4-tensor2",
+    "dense@ring:sequence8,sequence2-fsdp4",
+    "hybrid@ring:sequence4-expert2,sequence2-data2-tensor2",
+    "control",
+)
 
 
 def check(arguments: tuple[str, ...], architecture: str) -> None:
@@ -61,13 +79,13 @@ def check(arguments: tuple[str, ...], architecture: str) -> None:
     assert COMPLAINT not in log
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "dense@ring"])
 def test_a_mesh_does_not_change_loss_or_gradients(architecture: str) -> None:
     check(EVERY_DAY, architecture)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "dense@ring", "hybrid@ring"])
 def test_no_mesh_changes_loss_or_gradients(architecture: str) -> None:
     check(THE_REST, architecture)
 

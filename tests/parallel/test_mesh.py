@@ -78,6 +78,13 @@ def test_indivisible_size_names_leaf_axis_and_size() -> None:
         shardings(abstract("dense", d_model=20), mesh)
 
 
+def test_the_mesh_chooses_how_keys_travel() -> None:
+    with MeshConfig(sequence=2, ring=True).rules():
+        assert spec(("kv_seq",)) == P("sequence")
+    with MeshConfig(sequence=2).rules():
+        assert spec(("kv_seq",)) == P(None)
+
+
 def test_rules_change_inside_the_block_only() -> None:
     axes = ("embed", "heads", None)
     assert spec(axes) == P("fsdp", "tensor", None)
@@ -89,8 +96,8 @@ def test_rules_change_inside_the_block_only() -> None:
         use_rules(head=None).__enter__()
 
 
-def test_batch_is_split_over_data_and_fsdp() -> None:
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+def test_batch_is_split_over_data_fsdp_and_expert() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     rows = np.arange(16 * 3).reshape(16, 3)
     array = shard_batch({"tokens": rows}, mesh)["tokens"]
     np.testing.assert_array_equal(array, rows)

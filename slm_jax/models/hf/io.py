@@ -1,8 +1,6 @@
 """A folder with config.json and safetensors files, read and written one array at a time."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from slm_jax.errors import UserError
+from slm_jax.models.files import check_free, whole_folder
 from slm_jax.models.hf.configs import config_from_hf, config_to_hf, family_of
 from slm_jax.models.hf.tensors import TensorMap, from_hf, tensor_map, to_hf
 from slm_jax.models.lm import LM
@@ -94,7 +93,7 @@ def save_hf(
         UserError: if no class computes this model, `folder` is in use, or the tokenizer has more
             ids than the model.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder)
     hf = config_to_hf(model.config, model_type)
     mapping = tensor_map(model, hf["model_type"])
     if tokenizer is not None:
@@ -104,35 +103,12 @@ def save_hf(
                 f"{tokenizer.vocab_size}: give the tokenizer the model was trained with"
             )
         hf["eos_token_id"] = tokenizer.eos_id
-    if folder.exists():
-        _check_replaceable(folder, overwrite)
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    building.mkdir()
-    try:
+    check_free(folder, marker=CONFIG, what="a model", overwrite=overwrite)
+    with whole_folder(folder) as building:
         _write_safetensors(building / WEIGHTS, model, mapping)
         if tokenizer is not None:
             _write_tokenizer(building, tokenizer)
         _write_json(building / CONFIG, hf)
-        if folder.exists():
-            folder.rename(replaced)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _check_replaceable(folder: Path, overwrite: bool) -> None:
-    if not folder.is_dir():
-        raise UserError(f"folder={folder} is a file: choose another")
-    if not any(folder.iterdir()):
-        return
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"folder={folder} holds other things than a model: choose another")
-    if not overwrite:
-        raise UserError(f"folder={folder} holds a model: choose another or set overwrite=True")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
