@@ -220,8 +220,6 @@ def check(config: Transfer, corpus: Corpus) -> list[dict[str, object]]:
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             seed=0,
-            process_index=0,
-            process_count=1,
         )
     )
     rate = config.learning_rates[len(config.learning_rates) // 2]

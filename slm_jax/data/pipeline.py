@@ -1,6 +1,6 @@
 """Batches: a grain pipeline for training, one pass over the held-out text.
 
-Which row of which stream is row r of step s is a pure function of (seed, s, r), so neither the
+Which window of which stream is row r of step s is a pure function of (seed, s, r), so neither the
 number of processes nor of threads changes the global batch, and a run resumes at any step without
 reading what came before.
 """
@@ -31,36 +31,34 @@ def train_batches(
     batch_size: int,
     seq_len: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     read_threads: int = 1,
 ) -> grain.DatasetIterator[Batch]:
     """Endless shuffled training batches.
 
     An epoch of a stream is n_tokens // seq_len windows that do not overlap, in an order of its own
     and shifted by an offset of its own, so that no token is always first in its window. A mixture
-    interleaves its sources evenly (`grain.MapDataset.mix`, whose shares are exact to 1 % of each);
-    every source repeats at its own pace.
+    interleaves its sources evenly (their shares are exact to 1 % of each); every source repeats at
+    its own pace.
 
     Args:
       corpus: what to draw from.
       batch_size: rows of the global batch.
       seq_len: inputs a row.
       seed: decides orders and offsets.
-      process_index: this process; it gets rows [k * b, (k + 1) * b) of each global batch,
-        b = batch_size / process_count.
-      process_count: how many processes share the global batch.
+      rows: int [n], the rows of each global batch to read, for a process that needs no others
+        (`parallel.local_rows`); all by default.
       read_threads: threads that read ahead; 0 reads in the caller. They do not change the batches.
 
     Returns:
-      Iterator over batches of [batch_size / process_count, seq_len] (`windows.read_windows`). Its
-      `get_state()` is JSON, `{"next_index": step}`, the same on every process; `set_state` goes to
-      any step.
+      Iterator over batches of [n, seq_len] (`windows.read_windows`). Its `get_state()` is JSON,
+      `{"next_index": step}`, the same on every process; `set_state` goes to any step.
 
     Raises:
-      UserError: batch_size not a multiple of process_count, a stream shorter than one window.
+      UserError: batch_size below 1, a row that is not in the batch, a stream shorter than one
+        window.
     """
-    check_share(batch_size, process_index, process_count)
+    rows = check_rows(batch_size, rows)
     _check_seq_len(seq_len)
     for stream in corpus.train:
         n_tokens = len(stream.tokens)
@@ -69,34 +67,28 @@ def train_batches(
                 f"seq_len={seq_len}: a window needs {seq_len + 1} tokens and {stream.name} has "
                 f"{n_tokens}: choose seq_len <= {n_tokens - 1} or give more text"
             )
-    rows = [
-        grain.MapDataset.source(_Rows(which, len(stream.tokens), seq_len, seed))
-        for which, stream in enumerate(corpus.train)
+    windows = [
+        _Windows(which, len(s.tokens), seq_len, seed) for which, s in enumerate(corpus.train)
     ]
-    mixed = rows[0] if len(rows) == 1 else grain.MapDataset.mix(rows, corpus.weights)
-    local = _ProcessRows(mixed, batch_size, process_index, process_count)
-    batches = (
-        grain.MapDataset.source(local)
-        .batch(batch_size // process_count)
-        .map(functools.partial(_read, corpus.train, seq_len))
+    batches = grain.MapDataset.source(_Steps(windows, corpus.weights, batch_size, rows)).map(
+        functools.partial(_read, corpus.train, seq_len)
     )
     options = grain.ReadOptions(read_threads, max(_READ_AHEAD, read_threads) * (read_threads > 0))
     return iter(batches.to_iter_dataset(options))
 
 
-def check_share(batch_size: int, process_index: int, process_count: int) -> None:
-    """Refuses a global batch that the processes cannot share evenly.
+def check_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """The rows of a global batch to read, int64; all of them for `None`.
 
     Raises:
-      UserError: batch_size not a positive multiple of process_count, or no such process.
+      UserError: batch_size below 1, or a row that is not in the batch.
     """
-    if process_count < 1 or batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} is not a positive multiple of process_count={process_count}: "
-            f"choose a multiple of {max(1, process_count)}"
-        )
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index={process_index} is not in [0, {process_count})")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: choose at least 1")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    if not len(rows) or rows.min() < 0 or rows.max() >= batch_size:
+        raise UserError(f"rows={rows.tolist()}: choose some of the {batch_size} rows of a batch")
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +100,14 @@ class ValidBatches:
       batch_size: rows a batch.
       seq_len: inputs a row.
       rows: int64 [n_rows, 3]: stream, index of the first input, inputs before padding.
+      local: int64 [n]: which rows of each batch to read.
     """
 
     streams: tuple[Stream, ...]
     batch_size: int
     seq_len: int
     rows: np.ndarray
+    local: np.ndarray
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -122,11 +116,17 @@ class ValidBatches:
         for i in range(0, len(self.rows), self.batch_size):
             rows = self.rows[i : i + self.batch_size]
             missing = self.batch_size - len(rows)
-            yield _read(self.streams, self.seq_len, np.pad(rows, ((0, missing), (0, 0))))
+            padded = np.pad(rows, ((0, missing), (0, 0)))
+            yield _read(self.streams, self.seq_len, padded[self.local])
 
 
 def valid_batches(
-    corpus: Corpus, *, batch_size: int, seq_len: int, max_tokens: int | None = None
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> ValidBatches:
     """The held-out text once, in order, in windows that do not overlap.
 
@@ -140,15 +140,16 @@ def valid_batches(
       seq_len: inputs a row.
       max_tokens: read only so many targets of each stream, in windows spread evenly over it: its
         start may be one long document that is like no other.
+      rows: int [n], the rows of each batch to read, as in `train_batches`.
 
     Raises:
-      UserError: a size below 1.
+      UserError: a size below 1, or a row that is not in the batch.
     """
     _check_seq_len(seq_len)
-    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value}: choose at least 1")
-    rows = []
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens={max_tokens}: choose at least 1")
+    local = check_rows(batch_size, rows)
+    windows = []
     for which, stream in enumerate(corpus.valid):
         n_targets = len(stream.tokens) - 1
         wanted = n_targets if max_tokens is None else min(n_targets, max_tokens)
@@ -156,33 +157,37 @@ def valid_batches(
         first = np.arange(n_read, dtype=np.int64) * n_windows // max(n_read, 1) * seq_len
         lengths = np.minimum(n_targets - first, seq_len)
         lengths = np.diff(np.minimum(np.cumsum(lengths), wanted), prepend=0)
-        rows.append(np.stack([np.full_like(first, which), first, lengths], axis=1))
-    return ValidBatches(corpus.valid, batch_size, seq_len, np.concatenate(rows))
+        windows.append(np.stack([np.full_like(first, which), first, lengths], axis=1))
+    return ValidBatches(corpus.valid, batch_size, seq_len, np.concatenate(windows), local)
 
 
-class _Rows:
-    """Endless source of the windows of one stream: int64 [3] of stream, first input, inputs."""
+class _Windows:
+    """The endless sequence of the windows of one stream."""
 
     def __init__(self, which: int, n_tokens: int, seq_len: int, seed: int):
         self._which = which
         self._n_tokens = n_tokens
         self._seq_len = seq_len
         self._seed = seed
-        self._n_windows = n_tokens // seq_len
 
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        epoch, row = divmod(int(index), self._n_windows)
-        order, offset = _epoch_numbers(self._seed, self._which, epoch)
-        row = _shuffled(row, self._n_windows, order)
-        # The stream is a circle for `read_windows`: a shifted grid fits as well as an unshifted.
-        first = (row * self._seq_len + offset) % self._n_tokens
-        return np.array([self._which, first, self._seq_len], np.int64)
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        """Windows `index`, int64 [n]: int64 [n, 3] of stream, first input, inputs."""
+        n_windows = self._n_tokens // self._seq_len
+        epochs, places = np.divmod(index, n_windows)
+        first = np.empty_like(index)
+        for epoch in np.unique(epochs):
+            order, offset = _epoch_numbers(self._seed, self._which, int(epoch))
+            mine = epochs == epoch
+            # The stream is a circle for `read_windows`: a shifted grid fits as well as an
+            # unshifted. `offset` may be any 64-bit number.
+            shift = offset % self._n_tokens
+            window = _shuffled(places[mine], n_windows, order)
+            first[mine] = (window * self._seq_len + shift) % self._n_tokens
+        which, length = (np.full_like(index, value) for value in (self._which, self._seq_len))
+        return np.stack([which, first, length], axis=1)
 
     def __repr__(self) -> str:  # grain shows it in its messages
-        return f"_Rows({self._which}, {self._n_tokens}, {self._seq_len}, {self._seed})"
+        return f"_Windows({self._which}, {self._n_tokens}, {self._seq_len}, {self._seed})"
 
 
 @functools.lru_cache(maxsize=256)
@@ -192,37 +197,80 @@ def _epoch_numbers(seed: int, which: int, epoch: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:12], "big")
 
 
-def _shuffled(row: int, n: int, seed: int) -> int:
-    """Where a permutation of [0, n) that `seed` (uint32) decides takes `row`."""
+def _shuffled(places: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Where a permutation of [0, n) that `seed` (uint32) decides takes `places`, int64."""
     if n < _SMALL:
-        return _small_order(n, seed)[row]
-    shuffled: int = grain.experimental.index_shuffle(row, max_index=n - 1, seed=seed, rounds=4)
-    return shuffled
+        return _small_order(n, seed)[places]
+    shuffle = grain.experimental.index_shuffle
+    moved = [shuffle(place, max_index=n - 1, seed=seed, rounds=4) for place in places.tolist()]
+    return np.array(moved, np.int64)
 
 
 @functools.lru_cache(maxsize=64)
-def _small_order(n: int, seed: int) -> list[int]:
-    return sorted(range(n), key=lambda i: hashlib.sha256(f"{seed} {i}".encode()).digest())
+def _small_order(n: int, seed: int) -> np.ndarray:
+    order = sorted(range(n), key=lambda i: hashlib.sha256(f"{seed} {i}".encode()).digest())
+    return np.array(order, np.int64)
 
 
-class _ProcessRows:
-    """The rows of one process: a contiguous part of each global batch of `rows`."""
+class _Steps:
+    """Source of what this process reads, step by step: int64 [n, 3] as `_Windows` gives them.
 
-    def __init__(self, rows: grain.MapDataset, batch_size: int, index: int, count: int):
-        self._rows = rows
+    A whole step at a time: row by row, Python would cost more than reading.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[_Windows],
+        weights: Sequence[float],
+        batch_size: int,
+        rows: np.ndarray,
+    ):
+        self._windows = windows
         self._batch_size = batch_size
-        self._local = batch_size // count
-        self._first = self._local * index
+        self._rows = rows
+        # As whole numbers, of which the smallest is 100.
+        self._shares = [int(weight * 100 / min(weights)) for weight in weights]
 
     def __len__(self) -> int:
-        return len(self._rows) // self._batch_size * self._local
+        return _ENDLESS // self._batch_size
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        step, row = divmod(int(index), self._local)
-        return self._rows[step * self._batch_size + self._first + row]
+    def __getitem__(self, step: int) -> np.ndarray:
+        index = int(step) * self._batch_size + self._rows
+        out = np.empty((len(index), 3), np.int64)
+        for windows, (places, numbers) in zip(
+            self._windows, _interleaved(index, self._shares), strict=True
+        ):
+            out[places] = windows(numbers)
+        return out
 
     def __repr__(self) -> str:  # grain shows it in its messages
-        return f"_ProcessRows({self._rows!r}, {self._batch_size}, {self._first}, {self._local})"
+        return f"_Steps({self._windows}, {self._batch_size}, {self._rows})"
+
+
+def _interleaved(
+    index: np.ndarray, shares: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Deals the rows of a mixture to its streams evenly, in exact shares.
+
+    Of the first k rows the first stream has k less floor(k x the others' part); the other streams
+    divide theirs in the same way. It repeats after sum(shares) rows.
+
+    Args:
+      index: int64 [n], rows of the mixture.
+      shares: of each stream.
+
+    Yields:
+      For each stream: which of `index` are its own, and which of its rows they are.
+    """
+    left = sum(shares)
+    rounds, row = np.divmod(index, left)
+    places = np.arange(len(index))
+    for share in shares:
+        others, others_next = row * (left - share) // left, (row + 1) * (left - share) // left
+        mine = others == others_next
+        yield places[mine], rounds[mine] * share + (row - others)[mine]
+        places, rounds, row = places[~mine], rounds[~mine], others[~mine]
+        left -= share
 
 
 def _read(streams: Sequence[Stream], seq_len: int, rows: np.ndarray) -> Batch:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from slm_jax.errors import UserError
 from slm_jax.models.flops import peak_flops, training_flops
 from slm_jax.models.lm import LM, LMConfig
 from slm_jax.models.loss import next_token_loss
-from slm_jax.parallel import MeshConfig, make_mesh, shard_batch
+from slm_jax.nn.moe import MoEConfig
+from slm_jax.parallel import MeshConfig, local_rows, make_mesh, shard_batch
 from slm_jax.train import folder
 from slm_jax.train.checkpoint import restore_weights
+from slm_jax.train.goodput import Goodput
 from slm_jax.train.loop import LoopConfig, train
 from slm_jax.train.metrics import bits_per_byte
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
@@ -34,7 +36,7 @@ from slm_jax.train.step import BatchShapes, Program, StepConfig, TrainState, com
 from slm_jax.train.tasks.lm import LMLossConfig, LMTask
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
-_FREE = ("out", "overwrite", "mesh", "loop")
+_FREE = ("out", "overwrite", "mesh", "loop", "model.remat")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Result:
         compile_seconds: compiling the step; equal steps of one process are compiled once.
         memory_bytes: of the step on one device, from the compiler.
         out: run folder.
+        host_share: share of a step that the process spends outside the compiled step; median.
+        goodput: seconds by part, over all restarts (`slm_jax.train.goodput.PARTS`).
     """
 
     valid_loss: float
@@ -119,6 +123,8 @@ class Result:
     compile_seconds: float
     memory_bytes: int
     out: str
+    host_share: float = 0.0
+    goodput: dict[str, float] = field(default_factory=dict)
 
 
 def run(config: Experiment, corpus: Corpus | None = None) -> Result:
@@ -130,29 +136,33 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
 
     Raises:
         UserError: on a configuration that cannot run, or a run folder of another one.
-        DivergedError: if the loss is no longer finite.
+        DivergedError: if several steps in a row were bad, or an evaluation is not finite.
+        PreemptedError: after SIGTERM or Ctrl-C, when the state is saved.
     """
+    goodput = Goodput()
     corpus = corpus or open_data(config.data)
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the "
             f"{corpus.tokenizer.vocab_size} tokens of {corpus.tokenizer.name}: raise it"
         )
-    finished = find_result(config, corpus)
-    if finished is not None:
-        return finished
+    identity = _identity(config, corpus)
+    free = _free(config)
+    found = folder.agree_on_folder(config.out, identity, free=free, overwrite=config.overwrite)
+    if found is not None:
+        return Result(**found)
+    mesh = make_mesh(config.mesh)
+    with goodput.part("compile"):
+        program = compile_program(config, mesh)
     batches = train_batches(
         corpus,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=local_rows(mesh, config.batch_size),
     )
-    mesh = make_mesh(config.mesh)
-    program = compile_program(config, mesh)
     # Last: a configuration that cannot run leaves no folder.
-    folder.make_folder(config.out, _identity(config, corpus), overwrite=config.overwrite)
+    folder.make_folder(config.out, identity, overwrite=config.overwrite)
     end = train(
         program,
         mesh,
@@ -165,6 +175,8 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
         config=config.loop,
         evaluate=functools.partial(evaluate, config, corpus, mesh),
         derive=_derived(config, corpus, mesh),
+        facts={"config": identity},
+        goodput=goodput,
     )
     result = Result(
         valid_loss=end.evaluation["valid_loss"],
@@ -175,9 +187,10 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
         compile_seconds=program.compile_seconds,
         memory_bytes=program.memory_bytes,
         out=str(config.out),
+        host_share=end.host_share,
+        goodput=goodput.write(),
     )
-    folder.write_result(config.out, asdict(result))
-    return result
+    return Result(**folder.write_result(config.out, asdict(result)))
 
 
 def find_result(config: Experiment, corpus: Corpus) -> Result | None:
@@ -187,8 +200,24 @@ def find_result(config: Experiment, corpus: Corpus) -> Result | None:
         UserError: if the folder holds another run, and `config.overwrite` does not allow it.
     """
     identity = _identity(config, corpus)
-    found = folder.check_folder(config.out, identity, free=_FREE, overwrite=config.overwrite)
+    free = _free(config)
+    found = folder.check_folder(config.out, identity, free=free, overwrite=config.overwrite)
     return None if found is None else Result(**found)
+
+
+def _free(config: Experiment) -> tuple[str, ...]:
+    """Fields that may change on resuming."""
+    return (*_FREE, "accumulate") if rows_add_up(config.model) else _FREE
+
+
+def rows_add_up(model: LMConfig) -> bool:
+    """Whether a gradient is a sum over rows, so that microbatches change it by rounding only.
+
+    Balance terms of experts are taken over a microbatch, and layers that repeat draw how often.
+    """
+    return model.recursion is None and not any(
+        isinstance(layer.channel, MoEConfig) for layer in model.pattern
+    )
 
 
 def _identity(config: Experiment, corpus: Corpus) -> dict[str, Any]:
@@ -216,26 +245,27 @@ def step_inputs(config: Experiment) -> tuple[StepConfig, BatchShapes]:
 def compile_program(config: Experiment, mesh: Mesh) -> Program:
     """The compiled step of a run; runs that differ in seed or learning rate share it."""
     step, batch = step_inputs(config)
-    return compile_step(step, mesh, batch)
+    with config.mesh.rules():
+        return compile_step(step, mesh, batch)
 
 
 def evaluate(config: Experiment, corpus: Corpus, mesh: Mesh, state: TrainState) -> dict[str, float]:
     """Held-out loss in nats a token and bits a byte, of the weights and of their average."""
+    batch_size = config.batch_size // config.accumulate
     batches = valid_batches(
         corpus,
-        batch_size=config.batch_size // config.accumulate,
+        batch_size=batch_size,
         seq_len=config.seq_len,
         max_tokens=config.eval_tokens,
+        rows=local_rows(mesh, batch_size),
     )
     score = _scorer(config.objective.chunk)
     models = {"valid_loss": state.model}
     if state.ema is not None:
         models["valid_loss_ema"] = state.ema
     sums: dict[str, list[Any]] = {name: [] for name in models}
-    rows = config.batch_size // config.accumulate // jax.process_count()
-    first = jax.process_index() * rows
     for batch in batches:
-        split = shard_batch({k: v[first : first + rows] for k, v in batch.items()}, mesh)
+        split = shard_batch(batch, mesh)
         for name, model in models.items():
             sums[name].append(score(model, split))
     out = {}

@@ -1,4 +1,8 @@
-"""The folder of a run: its configuration and its result, each there whole or not at all."""
+"""The folder of a run: its configuration and its result, each there whole or not at all.
+
+Of several processes, all call `agree_on_folder`, `make_folder` and `write_result`, and process 0
+alone touches the folder.
+"""
 
 import json
 import shutil
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_jax.errors import UserError
+from slm_jax.parallel import distributed
 from slm_jax.train.serialize import differences
 
 CONFIG_FILE = "config.json"
@@ -23,7 +28,7 @@ def check_folder(
     Args:
         out: run folder, which need not exist.
         config: what is to run, as `to_json` gives it.
-        free: top-level fields that may differ from those of the run that is there.
+        free: fields that may differ from those of the run that is there, as in `model.remat`.
         overwrite: any run may be there.
 
     Returns:
@@ -43,8 +48,11 @@ def check_folder(
     saved = read_config(out, kind=config["type"])
     if overwrite:
         return None
-    kept = [{k: c[k] for k in c if k not in free} for c in (saved, config)]
-    changed = differences(kept[0], kept[1])
+    changed = [
+        d
+        for d in differences(saved, config)
+        if not any(d.startswith((f"{name}.", f"{name}:")) for name in free)
+    ]
     if changed:
         raise UserError(
             f"out={out} holds another run ({changed[0]}"
@@ -55,19 +63,42 @@ def check_folder(
     return _read_json(result) if result.exists() else None
 
 
+def agree_on_folder(
+    out: Path, config: dict[str, Any], *, free: Collection[str], overwrite: bool
+) -> dict[str, Any] | None:
+    """`check_folder` for all processes, which must be about to run the same.
+
+    Raises:
+        UserError: as `check_folder`; or names a process that runs another configuration.
+    """
+    distributed.check_same("run", config)
+    return distributed.on_first(
+        "run folder", lambda: check_folder(out, config, free=free, overwrite=overwrite)
+    )
+
+
 def make_folder(out: Path, config: dict[str, Any], *, overwrite: bool) -> None:
     """Makes a folder that `check_folder` has passed, unless this run has it already."""
-    file = out / CONFIG_FILE
-    if overwrite and file.exists():
-        _delete_run(out)
-    if not file.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        _write_json(file, config)
+
+    def make() -> None:
+        file = out / CONFIG_FILE
+        if overwrite and file.exists():
+            _delete_run(out)
+        if not file.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            _write_json(file, config)
+
+    distributed.on_first("run folder", make)
 
 
-def write_result(out: Path, result: dict[str, Any]) -> None:
-    """Puts the result of a finished run into its folder."""
-    _write_json(out / RESULT_FILE, result)
+def write_result(out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Puts the result of a finished run into its folder; returns what process 0 has put there."""
+
+    def write() -> dict[str, Any]:
+        _write_json(out / RESULT_FILE, result)
+        return result
+
+    return distributed.on_first("result", write)
 
 
 def read_config(out: Path, *, kind: str) -> dict[str, Any]:

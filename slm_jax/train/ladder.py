@@ -16,6 +16,7 @@ from pathlib import Path
 
 from slm_jax.data import Corpus, open_data
 from slm_jax.errors import UserError
+from slm_jax.parallel import distributed
 from slm_jax.train.experiment import Experiment, find_result, run
 from slm_jax.train.loop import DivergedError
 from slm_jax.train.metrics import bits_per_byte, read_metrics
@@ -102,7 +103,13 @@ def run_ladder(
         report(f"{rung.name}  N {rung.size.total:,}  lr {rung.learning_rate:.3g}  {losses}")
     if mine and failed == len(mine):
         raise DivergedError(f"learning_rate={ladder.learning_rate}: every rung diverged: lower it")
-    return write_rows(ladder, rungs, corpus)
+    return _on_first(ROWS_FILE, lambda: write_rows(ladder, rungs, corpus))
+
+
+def _on_first(name: str, rows: Callable[[], list[Row]]) -> list[Row]:
+    """Rows that process 0 has read, for all processes of the job."""
+    found = distributed.on_first(name, lambda: [asdict(row) for row in rows()])
+    return [Row(**row) for row in found]
 
 
 def run_rung(ladder: Ladder, rung: Rung, corpus: Corpus) -> list[Row]:
@@ -113,7 +120,7 @@ def run_rung(ladder: Ladder, rung: Rung, corpus: Corpus) -> list[Row]:
     """
     config = experiment(ladder, rung)
     run(config, corpus)
-    rows = read_rung(ladder, rung, corpus)
+    rows = _on_first(rung.name, lambda: read_rung(ladder, rung, corpus))
     if len(rows) < len(rung.budgets):
         raise UserError(
             f"out={config.out} was trained for other budgets and has no evaluation after "
@@ -186,7 +193,9 @@ def write_rows(ladder: Ladder, rungs: list[Rung], corpus: Corpus) -> list[Row]:
 
 
 def save_rows(path: Path, rows: list[Row]) -> None:
-    """Writes rows as CSV, floats with all their bits."""
+    """Writes rows as CSV, floats with all their bits; of several processes only process 0 does."""
+    if not distributed.is_first():
+        return
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from slm_jax.errors import UserError
+from slm_jax.parallel import distributed
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricLog:
-    """Writes one record a step to every sink."""
+    """Writes one record a step to every sink; of several processes only process 0 does."""
 
     def __init__(
         self, folder: Path, *, first_step: int, wandb: bool = False, name: str = ""
@@ -31,6 +32,9 @@ class MetricLog:
         Raises:
             UserError: if `wandb` is asked for and not installed.
         """
+        self._writes = distributed.is_first()
+        if not self._writes:
+            return
         # Late: only a run that writes pays for the import.
         from tensorboardX import SummaryWriter
 
@@ -55,6 +59,8 @@ class MetricLog:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends `{"step": step, **values}`; arrays become lists, floats keep all their bits."""
+        if not self._writes:
+            return
         record = {"step": step, **{k: _plain(v) for k, v in values.items()}}
         self._lines.write(json.dumps(record) + "\n")
         scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
@@ -65,6 +71,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes and closes every sink."""
+        if not self._writes:
+            return
         self._lines.close()
         self._board.close()
         if self._wandb is not None:

@@ -36,6 +36,9 @@ class OptimizerConfig:
     """Added to the root of the second moment (adam_atan2 has none)."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; larger ones are scaled down."""
+    skip_sigma: float | None = None
+    """Also skip steps whose loss is this many standard deviations above the mean of the last 128
+    (6 is usual); steps whose loss or gradient is not finite always are."""
     table_decay: float | None = None
     """Weight decay of sparse tables (puzzle embeddings), which sign-SGD moves at a learning rate
     of their own; `None` for models without any."""

@@ -16,7 +16,16 @@ from jax.sharding import PartitionSpec as P
 
 from slm_jax.errors import UserError
 from slm_jax.nn.module import SparseTable, is_variable
-from slm_jax.parallel.rules import current_rules, has_mesh, lead_spec, shardings, spec
+from slm_jax.parallel.rules import (
+    batch_parts,
+    current_rules,
+    has_mesh,
+    lead_spec,
+    shardings,
+    spec,
+)
+from slm_jax.train import guard
+from slm_jax.train.compile_cache import keep_programs
 from slm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from slm_jax.train.task import Task
 
@@ -47,12 +56,13 @@ class TrainState(NamedTuple):
     """Everything a run is at one moment; a checkpoint is this and the data position.
 
     Attributes:
-        step: `[]` int32, optimiser steps taken.
+        step: `[]` int32, batches seen: optimiser steps taken and skipped.
         seed: `[]` uint32, source of all randomness together with `step`.
         model: float32 master weights.
         optimizer: optax state.
         ema: moving average of the model's weights, or `None`.
         carry: what the task takes from step to step, `[B, ...]`: row r is of row r of the batch.
+        losses: what spikes of the loss are told by; `()` if they are not looked for.
     """
 
     step: jax.Array
@@ -61,6 +71,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
     ema: Any
     carry: Any
+    losses: Any = ()
 
 
 class StepConfig(NamedTuple):
@@ -92,13 +103,18 @@ def init_state(config: StepConfig, seed: jax.Array) -> TrainState:
     optimizer = make_optimizer(config.optimizer, model).init(model)
     # A copy: model and average are donated to the step as two buffers.
     ema = jax.tree.map(jnp.copy, model) if config.averages else None
-    return TrainState(jnp.zeros((), jnp.int32), seed, model, optimizer, ema, carry)
+    losses = () if config.optimizer.skip_sigma is None else guard.no_losses()
+    return TrainState(jnp.zeros((), jnp.int32), seed, model, optimizer, ema, carry, losses)
 
 
 def train_step(
     config: StepConfig, state: TrainState, batch: Batch, learning_rate: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Advances one optimiser step.
+    """Advances one optimiser step, or skips it.
+
+    A step is skipped if its loss or gradient is not finite, or its loss a spike
+    (`OptimizerConfig.skip_sigma`): all but `step` stays as it was, bit by bit. The batch is gone,
+    and the next step has noise of its own.
 
     Args:
         config: task, optimiser, accumulation.
@@ -109,7 +125,7 @@ def train_step(
 
     Returns:
         The state after, and the step's metrics: `loss` (the task's, balance terms included),
-        `grad_norm` (before clipping), and the task's own.
+        `grad_norm` (before clipping), `skipped` (1 or 0), and the task's own.
     """
     task = config.task
     noise = jax.random.fold_in(jax.random.key(state.seed), _NOISE)
@@ -165,8 +181,14 @@ def train_step(
     ema = state.ema
     if config.averages:
         ema = _moving_average(state.ema, model, average_rate(config, state.step))
-    metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(grads), **aux}
-    return TrainState(state.step + 1, state.seed, model, opt_state, ema, carry), metrics
+    loss, grad_norm = total * scale, optax.tree.norm(grads)
+    bad, losses = guard.is_bad(loss, grad_norm), state.losses
+    if config.optimizer.skip_sigma is not None:
+        bad |= guard.is_spike(losses, loss, config.optimizer.skip_sigma)
+        losses = guard.remember(losses, loss)
+    after = state._replace(model=model, optimizer=opt_state, ema=ema, carry=carry, losses=losses)
+    after = guard.unless(bad, after, state)._replace(step=state.step + 1)
+    return after, {"loss": loss, "grad_norm": grad_norm, "skipped": bad.astype(jnp.int32), **aux}
 
 
 def average_rate(config: StepConfig, step: jax.Array) -> float | jax.Array:
@@ -243,11 +265,11 @@ def lower_step(config: StepConfig, mesh: Mesh, batch: BatchShapes) -> Lowered:
     """
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, spec(("batch",)))
-        parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+        parts = batch_parts(mesh) * config.accumulate
         for name, shape, _ in batch:
             if shape[0] % parts:
                 raise UserError(
-                    f"batch_size={shape[0]} ({name}) is not a multiple of data x fsdp x "
+                    f"batch_size={shape[0]} ({name}) is not a multiple of data x fsdp x expert x "
                     f"accumulate = {parts}: choose {parts * max(1, round(shape[0] / parts))}"
                 )
         inputs = {n: jax.ShapeDtypeStruct(s, d, sharding=rows) for n, s, d in batch}
@@ -287,7 +309,9 @@ def _compile(
     config: StepConfig, mesh: Mesh, batch: BatchShapes, rules: tuple[tuple[str, Any], ...]
 ) -> Program:
     """As `compile_step`; `rules` only tells programs apart, tracing reads them where they are."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
+    on_cpu = platform == "cpu"
+    keep_programs(platform)
     start = time.perf_counter()
     lowered = lower_step(config, mesh, batch)
     compiled = lowered.step.compile(ON_CPU if on_cpu else None)

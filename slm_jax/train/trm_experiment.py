@@ -1,11 +1,10 @@
 """A training run of the Tiny Recursive Model on puzzles, from one configuration to its results."""
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,9 +22,10 @@ from slm_jax.data.puzzles import (
 from slm_jax.errors import UserError
 from slm_jax.models.trm import TRM, TRMConfig
 from slm_jax.models.trm_flops import training_flops
-from slm_jax.parallel import MeshConfig, make_mesh
+from slm_jax.parallel import MeshConfig, local_rows, make_mesh
 from slm_jax.train import folder
 from slm_jax.train.checkpoint import restore_weights
+from slm_jax.train.goodput import Goodput
 from slm_jax.train.loop import LoopConfig, train
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
 from slm_jax.train.serialize import from_json, to_json
@@ -34,7 +34,7 @@ from slm_jax.train.tasks import trm
 from slm_jax.train.tasks.trm import TRMLossConfig, TRMTask
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
-_FREE = ("out", "overwrite", "mesh", "loop")
+_FREE = ("out", "overwrite", "mesh", "loop", "model.remat")
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class TRMResult:
         compile_seconds: compiling the step; equal steps of one process are compiled once.
         memory_bytes: of the step on one device, from the compiler.
         out: run folder.
+        host_share: share of a step that the process spends outside the compiled step; median.
+        goodput: seconds by part, over all restarts (`slm_jax.train.goodput.PARTS`).
     """
 
     exact: list[float]
@@ -121,6 +123,8 @@ class TRMResult:
     compile_seconds: float
     memory_bytes: int
     out: str
+    host_share: float = 0.0
+    goodput: dict[str, float] = field(default_factory=dict)
 
 
 def run(config: TRMExperiment, splits: PuzzleSplits | None = None) -> TRMResult:
@@ -132,16 +136,19 @@ def run(config: TRMExperiment, splits: PuzzleSplits | None = None) -> TRMResult:
 
     Raises:
         UserError: on a configuration that cannot run, or a run folder of another one.
-        DivergedError: if the loss is no longer finite.
+        DivergedError: if several steps in a row were bad, or an evaluation is not finite.
+        PreemptedError: after SIGTERM or Ctrl-C, when the state is saved.
     """
+    goodput = Goodput()
     splits = splits or open_puzzles(config.data)
     _check_fit(config.model, splits.train)
     identity = to_json(config) | {"data_fingerprint": splits.fingerprint}
-    found = folder.check_folder(config.out, identity, free=_FREE, overwrite=config.overwrite)
+    found = folder.agree_on_folder(config.out, identity, free=_FREE, overwrite=config.overwrite)
     if found is not None:
         return TRMResult(**found)
     mesh = make_mesh(config.mesh)
-    program = compile_program(config, mesh)
+    with goodput.part("compile"):
+        program = compile_program(config, mesh)
     # Last: a configuration that cannot run leaves no folder.
     folder.make_folder(config.out, identity, overwrite=config.overwrite)
     end = train(
@@ -152,8 +159,7 @@ def run(config: TRMExperiment, splits: PuzzleSplits | None = None) -> TRMResult:
             batch_size=config.batch_size,
             seed=config.seed,
             augment=splits.augment,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=local_rows(mesh, config.batch_size),
         ),
         folder=config.out,
         name="/".join(config.out.parts[-2:]),
@@ -171,18 +177,23 @@ def run(config: TRMExperiment, splits: PuzzleSplits | None = None) -> TRMResult:
         ),
         derive=trm.derived(task(config), mesh),
         count=trm.COUNT,
+        facts={"config": identity},
+        goodput=goodput,
     )
+    with goodput.part("evaluate"):
+        scores = _scores(config, splits, mesh, end.state)
     result = TRMResult(
-        **_scores(config, splits, mesh, end.state),
+        **scores,
         steps=config.steps,
         flops=config.steps * step_flops(config),
         puzzles_per_second=end.per_second,
         compile_seconds=program.compile_seconds,
         memory_bytes=program.memory_bytes,
         out=str(config.out),
+        host_share=end.host_share,
+        goodput=goodput.write(),
     )
-    folder.write_result(config.out, asdict(result))
-    return result
+    return TRMResult(**folder.write_result(config.out, asdict(result)))
 
 
 def task(config: TRMExperiment) -> TRMTask:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ def test_global_batch_is_the_same_on_any_number_of_processes(
     corpus = make_corpus(LENGTHS, [90, 10], weights=(0.7, 0.3)) if mixed else make_corpus(LENGTHS)
     whole = take(train_batches(corpus, **SIZES), 12)
     parts = [
-        take(train_batches(corpus, **SIZES, process_index=k, process_count=count), 12)
-        for k in range(count)
+        take(train_batches(corpus, **SIZES, rows=rows), 12)
+        for rows in np.split(np.arange(4), count)
     ]
     joined = [
         {name: np.concatenate([part[step][name] for part in parts]) for name in whole[0]}
@@ -53,7 +54,7 @@ def test_saved_state_goes_on_exactly(make_corpus: MakeCorpus, mixed: bool) -> No
     assert_same(take(fresh, 9), want)
     batches.set_state(state)  # back, in the same iterator
     assert_same(take(batches, 9), want)
-    other = train_batches(corpus, **SIZES, process_index=1, process_count=2, read_threads=4)
+    other = train_batches(corpus, **SIZES, rows=np.array([2, 3]), read_threads=4)
     other.set_state(state)  # another number of processes and threads
     assert_same(take(other, 9), [{k: v[2:] for k, v in batch.items()} for batch in want])
 
@@ -73,6 +74,24 @@ def test_an_epoch_covers_the_stream_and_epochs_differ(make_corpus: MakeCorpus) -
     steps = np.diff(sorted(firsts[0]))
     assert set(steps.tolist()) <= {8, 9}  # one gap of 161 % 8 tokens
     assert firsts[0] != sorted(firsts[0])
+
+
+def test_an_epoch_is_whole_over_restarts_with_other_numbers_of_processes(
+    make_corpus: MakeCorpus,
+) -> None:
+    corpus = make_corpus(LENGTHS)  # 20 windows of 8 tokens: five steps
+    read: list[list[int]] = []
+    state = {"next_index": 0}
+    for count, steps in ((2, 2), (4, 1), (1, 2)):
+        for rows in np.split(np.arange(4), count):
+            batches = train_batches(corpus, **SIZES, rows=rows)
+            batches.set_state(state)
+            read += [batch["targets"].ravel().tolist() for batch in take(batches, steps)]
+        state = batches.get_state()
+    targets = [target for part in read for target in part]
+    assert len(targets) == len(set(targets)) == 20 * 8  # a token's id is its place
+    whole = take(train_batches(corpus, **SIZES), 5)
+    assert set(targets) == set(np.concatenate([b["targets"] for b in whole]).ravel().tolist())
 
 
 def test_seed_decides_the_order(make_corpus: MakeCorpus) -> None:
@@ -160,14 +179,14 @@ def test_valid_reads_max_tokens_spread_over_each_stream(make_corpus: MakeCorpus)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 5, "process_count": 2}, "batch_size=5 is not a positive multiple"),
-        ({"batch_size": 0}, "batch_size=0 is not a positive multiple"),
-        ({"process_index": 2, "process_count": 2}, r"process_index=2 is not in \[0, 2\)"),
+        ({"batch_size": 0}, "batch_size=0: choose at least 1"),
+        ({"rows": [3, 4]}, r"rows=\[3, 4\]: choose some of the 4 rows of a batch"),
+        ({"rows": []}, r"rows=\[\]: choose some of the 4 rows"),
         ({"seq_len": 0}, "seq_len=0: choose at least 1"),
         ({"seq_len": 161}, r"a window needs 162 tokens .* has 161: choose seq_len <= 160"),
     ],
 )
-def test_training_errors(make_corpus: MakeCorpus, change: dict[str, int], message: str) -> None:
+def test_training_errors(make_corpus: MakeCorpus, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train_batches(make_corpus(LENGTHS), **(SIZES | change))
 

@@ -5,9 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from slm_jax.errors import UserError
+from slm_jax.parallel import MeshConfig, make_mesh
 from slm_jax.train.checkpoint import Checkpoints, named_arrays
+from slm_jax.train.checksum import checksums
 
 
 def state(value: float = 1.0) -> dict[str, Any]:
@@ -35,8 +39,8 @@ def committed(folder: Path) -> list[str]:
 
 def test_newest_is_restored_with_its_data_position(tmp_path: Path) -> None:
     with Checkpoints(saved(tmp_path / "c", 3, 7)) as checkpoints:
-        step, got, data = checkpoints.restore(abstract(state()))
-    assert (step, data) == (7, {"next_index": 7})
+        step, got, data, facts = checkpoints.restore(abstract(state()))
+    assert (step, data, facts) == (7, {"next_index": 7}, {"name": "test"})
     assert got["none"] is None
     np.testing.assert_array_equal(got["w"], np.full((3, 4), 7.0, np.float32))
     with Checkpoints(tmp_path / "c") as checkpoints:
@@ -130,15 +134,45 @@ def test_half_deleted_old_checkpoint_does_no_harm(tmp_path: Path, lost: list[str
     assert committed(saved(tmp_path / "c", 3, 4)) == ["3", "4"]
 
 
-def test_truncated_checkpoint_is_said_to_be_damaged(tmp_path: Path) -> None:
-    for path in (saved(tmp_path / "c", 1, 2) / "2").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with (
-        Checkpoints(tmp_path / "c") as checkpoints,
-        pytest.raises(UserError, match=r"c/2 is damaged.*go on from the one before"),
-    ):
-        checkpoints.restore(abstract(state()))
+def on_devices(n: int) -> Any:
+    """Shardings of `w` and `count` over so many devices."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=n), jax.devices()[:n])
+    return {
+        "w": NamedSharding(mesh, P("fsdp", None)),
+        "b": NamedSharding(mesh, P(None, "fsdp")),
+        "count": NamedSharding(mesh, P()),
+    }
+
+
+def test_any_number_of_devices_restores_the_same_bits(tmp_path: Path) -> None:
+    """From 8 to 4 to 2 to 1 to 8, each reading what the one before wrote."""
+    rng = np.random.default_rng(0)
+    host = {
+        "w": rng.normal(size=(16, 24)).astype(np.float32),
+        "b": rng.integers(0, 99, (3, 8)).astype(np.int8),
+        "count": np.int32(7),
+    }
+    now = jax.tree.map(jax.device_put, host, on_devices(8))
+    digest = checksums(now)
+    for n, step in ((4, 1), (2, 2), (1, 3), (8, 4)):
+        wanted = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), now, on_devices(n)
+        )
+        with Checkpoints(tmp_path / "c") as checkpoints:
+            checkpoints.save(step, now, {}, {})
+            checkpoints.wait()
+            now = checkpoints.restore(wanted).state
+        assert all(len(x.sharding.device_set) == n for x in now.values())
+        assert checksums(now) == digest
+    for name, array in host.items():
+        np.testing.assert_array_equal(now[name], array)
+
+
+def test_every_so_many_steps_one_stays(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "c", keep=1, keep_every=4) as checkpoints:
+        for step in range(2, 12, 2):
+            checkpoints.save(step, state(step), {}, {})
+    assert sorted(map(int, committed(tmp_path / "c"))) == [4, 8, 10]
 
 
 def test_names_are_paths() -> None:

@@ -14,7 +14,8 @@ from slm_jax.errors import UserError
 from slm_jax.models.lm import LM
 from slm_jax.nn.module import named_leaves
 from slm_jax.parallel import MeshConfig, make_mesh, shard_batch
-from slm_jax.train.checkpoint import Checkpoints
+from slm_jax.train.checkpoint import Checkpoints, named_arrays
+from slm_jax.train.checksum import checksums
 from slm_jax.train.experiment import (
     compile_program,
     load_experiment,
@@ -67,7 +68,7 @@ def test_whole_state_moves_to_another_mesh_bit_by_bit(finished: FinishedRun) -> 
     program = compile_program(dataclasses.replace(finished.config, mesh=MeshConfig(8, 1)), mesh)
     folder = finished.config.out / CHECKPOINTS_FOLDER
     with Checkpoints(folder, read_only=True) as checkpoints:
-        step, state, position = checkpoints.restore(program.state)
+        step, state, position, _ = checkpoints.restore(program.state)
     assert (step, position) == (6, {"next_index": 6})
     assert state.model.embed.w.get_value().sharding.is_fully_replicated
     assert_same_bits(state, finished.state)
@@ -86,6 +87,29 @@ def test_run_goes_on_on_another_mesh(finished: FinishedRun, tmp_path: Path) -> N
     for a, b in zip(after[4:6], before[4:6], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert result.valid_loss == pytest.approx(finished.result.valid_loss, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_fewer_and_more_devices_take_the_same_next_step(finished: FinishedRun) -> None:
+    """Restored on 8, 4, 2, 1 and again 8 devices, each from what the one before had saved."""
+    config = finished.config
+    folder = config.out.parent / "chain"
+    shutil.copytree(config.out / CHECKPOINTS_FOLDER, folder)
+    batch = next(iter(valid_batches(open_data(config.data), batch_size=16, seq_len=16)))
+    digests, losses = [], []
+    for step, n in enumerate((8, 4, 2, 1, 8), 7):
+        mesh = make_mesh(MeshConfig(data=1, fsdp=n), jax.devices()[:n])
+        program = compile_program(config, mesh)
+        with jax.set_mesh(mesh):
+            with Checkpoints(folder) as checkpoints:
+                state = checkpoints.restore(program.state).state
+                checkpoints.save(step, state, {}, {})
+            digests.append(checksums(named_arrays(state)))
+            _, metrics = program.step(state, shard_batch(batch, mesh), np.float32(0.01))
+        losses.append(float(metrics["loss"]))
+    assert all(digest == digests[0] for digest in digests)
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+    assert losses[0] == losses[-1]
 
 
 def test_a_loaded_experiment_resumes(finished: FinishedRun, tmp_path: Path) -> None:

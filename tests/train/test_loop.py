@@ -3,92 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from slm_jax.errors import UserError
-from slm_jax.parallel import make_mesh
-from slm_jax.train.checkpoint import Checkpoints
-from slm_jax.train.loop import CHECKPOINTS_FOLDER, DivergedError, LoopConfig, train
+from slm_jax.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
+from slm_jax.train.loop import DivergedError, LoopConfig
 from slm_jax.train.metrics import read_metrics
-from slm_jax.train.optimizer import ScheduleConfig
-from slm_jax.train.step import Program, TrainState
-
-
-class Metric:
-    """A number on a device: to read it is to wait for the step that makes it."""
-
-    def __init__(self, step: int, value: float, events: list[str]) -> None:
-        self._step, self._value, self._events = step, value, events
-
-    def _read(self) -> float:
-        if self._events[-1] != f"read {self._step}":
-            self._events.append(f"read {self._step}")
-        return self._value
-
-    def __float__(self) -> float:
-        return self._read()
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        return np.asarray(self._read(), dtype)
-
-
-class Batches:
-    def __init__(self, events: list[str]) -> None:
-        self.position, self._events = 0, events
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        self._events.append(f"batch {self.position}")
-        self.position += 1
-        return {"tokens": np.full((2, 4), self.position - 1, np.int32)}
-
-    def get_state(self) -> dict[str, int]:
-        return {"next_index": self.position}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self.position = state["next_index"]
-
-
-class Recorder:
-    """Trains for nothing; the loss of step i is i, or NaN at `nan`."""
-
-    def __init__(self, folder: Path, *, nan: int = -1) -> None:
-        self.folder, self.nan, self.valid_loss = folder, nan, 1.0
-        self.events: list[str] = ["start"]
-        self.mesh = make_mesh(devices=jax.devices()[:1])
-        self.state = TrainState(jnp.zeros((), jnp.int32), jnp.zeros(()), {}, {}, None, ())
-
-    def step(self, state: TrainState, batch: Any, rate: Any) -> Any:
-        step = int(state.step)
-        assert np.asarray(batch["tokens"]).tolist() == [[step] * 4] * 2
-        self.events.append(f"step {step}")
-        loss = float("nan") if step == self.nan else float(step)
-        metrics = {n: Metric(step, loss, self.events) for n in ("loss", "grad_norm")}
-        return state._replace(step=state.step + 1), metrics
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        self.events.append(f"evaluate {int(state.step)}")
-        return {"valid_loss": self.valid_loss}
-
-    def train(self, steps: int, **loop: Any) -> Any:
-        self.folder.mkdir(exist_ok=True)
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
-        )
-        return train(
-            Program(lambda seed: self.state, self.step, abstract, 0.0, 0),
-            self.mesh,
-            Batches(self.events),  # type: ignore[arg-type]
-            folder=self.folder,
-            name="test",
-            steps=steps,
-            seed=0,
-            schedule=ScheduleConfig(learning_rate=0.5, shape="constant", warmup_steps=0),
-            config=LoopConfig(quiet=True, **loop),
-            evaluate=self.evaluate,
-        )
+from slm_jax.train.step import TrainState
+from tests.train.recorder import Recorder
 
 
 def test_metrics_are_read_while_the_next_step_runs(tmp_path: Path) -> None:
@@ -130,9 +54,9 @@ def test_evaluates_after_chosen_steps(tmp_path: Path) -> None:
 
 
 def test_resumes_at_the_step_and_the_batch(tmp_path: Path) -> None:
-    first = Recorder(tmp_path / "run", nan=4)
+    first = Recorder(tmp_path / "run", nan=[4])
     with pytest.raises(DivergedError, match="step 4"):
-        first.train(6, checkpoint_every=3)
+        first.train(6, checkpoint_every=3, max_skipped=1)
     again = Recorder(tmp_path / "run")
     again.train(6, checkpoint_every=3)
     assert again.events[1:4] == ["batch 3", "step 3", "batch 4"]
@@ -144,11 +68,12 @@ def test_resumes_at_the_step_and_the_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nan", [0, 2, 5])
 def test_no_checkpoint_holds_a_diverged_step(tmp_path: Path, nan: int) -> None:
-    recorder = Recorder(tmp_path / "run", nan=nan)
+    recorder = Recorder(tmp_path / "run", nan=range(nan, 9))
     with pytest.raises(DivergedError) as error:
-        recorder.train(6, checkpoint_every=1)
+        recorder.train(9, checkpoint_every=1)
     good = f"checkpoint {nan} is the last good one" if nan else "no checkpoint yet"
-    for part in (f"at step {nan} ", "learning_rate=0.5", good, str(recorder.folder)):
+    where = f"at step {nan + 2} with learning_rate=0.5, bad step 3 in a row"
+    for part in (where, good, str(recorder.folder)):
         assert part in str(error.value)
     with Checkpoints(recorder.folder / CHECKPOINTS_FOLDER, read_only=True) as checkpoints:
         assert checkpoints.latest() == (nan or None)
@@ -161,6 +86,32 @@ def test_what_diverged_in_its_last_step_is_no_result(tmp_path: Path) -> None:
         recorder.train(3, checkpoint_every=2)
     with Checkpoints(recorder.folder / CHECKPOINTS_FOLDER, read_only=True) as checkpoints:
         assert checkpoints.latest() == 2
+
+
+def test_a_few_bad_steps_are_skipped_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No checkpoint is written between them: they must not push out the good ones."""
+    recorder = Recorder(tmp_path / "run", nan=[2, 3, 5, 7])
+    recorder.train(8, checkpoint_every=2, log_every=4, keep_checkpoints=9)
+    records = [r for r in read_metrics(recorder.folder) if "skipped" in r]
+    assert [r["step"] for r in records if r["skipped"]] == [2, 3, 5, 7]
+    assert [r["step"] for r in records if not r["skipped"]] == [0, 4]
+    assert all(("loss" in r) != r["skipped"] for r in records)
+    for step in (2, 3, 5, 7):
+        assert f"step {step} is skipped: loss=nan, grad_norm=nan" in caplog.text
+    steps = {int(p.name) for p in (recorder.folder / CHECKPOINTS_FOLDER).iterdir()}
+    assert steps == {2, 5, 7, 8}  # 4 waits for a good step, 6 for another; 8 is the end
+
+
+def test_a_step_that_moves_data_by_itself_is_refused(tmp_path: Path) -> None:
+    class Careless(Recorder):
+        def step(self, state: TrainState, batch: Any, rate: Any) -> Any:
+            jnp.add(rate, np.ones(3, np.float32))
+            return super().step(state, batch, rate)
+
+    with pytest.raises(Exception, match="isallowed host-to-device transfer"):
+        Careless(tmp_path / "run").train(1)
 
 
 def test_records_between_are_left_out(tmp_path: Path) -> None:

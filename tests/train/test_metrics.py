@@ -37,8 +37,9 @@ def test_one_line_a_step_of_finite_numbers(finished: FinishedRun) -> None:
     for r in steps:
         assert r.keys() == {
             *("step", "loss", "nll", "grad_norm", "learning_rate", "tokens_per_second"),
-            "bits_per_byte",
+            *("bits_per_byte", "skipped"),
         }
+        assert r["skipped"] == 0
         schedule = finished.config.schedule
         assert r["learning_rate"] == schedule(r["step"], finished.config.steps)
         assert r["loss"] == pytest.approx(r["nll"], rel=1e-6)  # a dense model has no other terms

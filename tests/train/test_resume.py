@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+from slm_jax.train.checkpoint import CHECKPOINTS_FOLDER
 from slm_jax.train.experiment import load_model
-from slm_jax.train.loop import CHECKPOINTS_FOLDER
-from slm_jax.train.metrics import METRICS_FILE
+from slm_jax.train.goodput import GOODPUT_FILE
+from slm_jax.train.metrics import METRICS_FILE, read_metrics
+from slm_jax.train.stop import PREEMPTED
 from tests.train import tiny
 from tests.train.crash_worker import STEPS
 
@@ -64,6 +66,14 @@ class Worker:
         code = self.process.wait(_LONGEST)
         assert code == 0, self.log.read_text()
 
+    def newest(self) -> int:
+        """The number of the newest checkpoint."""
+        return max(int(p.name) for p in (self.out / CHECKPOINTS_FOLDER).iterdir())
+
+    def steps(self) -> int:
+        """Steps in the log."""
+        return sum("loss" in r for r in read_metrics(self.out))
+
     def kill(self, moment: str, rng: random.Random, start_up: float) -> bool:
         """Kills at a random moment of a kind; false if the process was done before."""
         delay, steps = rng.uniform(0.1, 1.0) * start_up, rng.randint(1, 6)
@@ -73,7 +83,7 @@ class Worker:
                 case "start-up":  # imports, compilation, restoring, the first steps
                     late = self.lines() >= self.lines_before + 3
                     return late or time.time() > self.begun + delay
-                case "step":
+                case "step" | "terminate":
                     return self.lines() >= self.lines_before + steps
                 case "write":
                     return self.writing()
@@ -82,6 +92,11 @@ class Worker:
         while self.process.poll() is None and not reached():
             assert time.time() < self.begun + _LONGEST, self.log.read_text()
             time.sleep(0.002)
+        if moment == "terminate":
+            self.process.send_signal(signal.SIGTERM)
+            assert self.process.wait(30) == PREEMPTED, self.log.read_text()
+            assert self.newest() == self.steps()  # nothing is lost
+            return True
         self.process.send_signal(signal.SIGKILL)
         code = self.process.wait()
         assert code in (0, -signal.SIGKILL), self.log.read_text()
@@ -96,7 +111,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 def result(out: Path) -> dict[str, Any]:
     saved = json.loads((out / "result.json").read_text())
-    clock = ("tokens_per_second", "compile_seconds", "out")
+    clock = ("tokens_per_second", "compile_seconds", "host_share", "goodput", "out")
     return {k: v for k, v in saved.items() if k not in clock}
 
 
@@ -112,6 +127,21 @@ def assert_same_run(out: Path, reference: Path) -> None:
             np.testing.assert_array_equal(a, b)
 
 
+def assert_time_is_accounted_for(out: Path, wall: float) -> None:
+    """From the first start that came as far as training to the end, down times included."""
+    saved = json.loads((out / GOODPUT_FILE).read_text())
+    assert saved["steps"] == STEPS
+    assert saved["starts"] > 1
+    total = sum(saved["seconds"].values())
+    assert sum(result_goodput(out).values()) == pytest.approx(total, rel=0.01)
+    assert saved["until"] - saved["since"] == pytest.approx(total, rel=0.01)
+    assert total < wall
+
+
+def result_goodput(out: Path) -> dict[str, float]:
+    return json.loads((out / "result.json").read_text())["goodput"]
+
+
 def check_kills(kind: str, devices: int, moments: list[str], tmp_path: Path) -> None:
     """Kills a run at these moments, lets it finish, and compares it with an undisturbed one."""
     rng = random.Random(0)
@@ -124,6 +154,7 @@ def check_kills(kind: str, devices: int, moments: list[str], tmp_path: Path) -> 
     start_up = time.time() - undisturbed.begun
 
     kills = uncommitted = 0
+    begun = time.time()
     for moment in moments:
         worker = Worker(kind, devices, text, out)
         kills += worker.kill(moment, rng, start_up)
@@ -134,16 +165,17 @@ def check_kills(kind: str, devices: int, moments: list[str], tmp_path: Path) -> 
     assert kills >= len(moments) - 1
     assert uncommitted >= 1
     Worker(kind, devices, text, out).finish()
+    assert_time_is_accounted_for(out, time.time() - begun)
     undisturbed.finish()
     assert_same_run(out, reference)
 
 
 def test_killed_runs_give_the_same_bits(tmp_path: Path) -> None:
-    moments = ["start-up", "step", "write", "start-up", "step", "end"]
+    moments = ["start-up", "step", "write", "terminate", "step", "end"]
     check_kills("dense", 1, moments, tmp_path)
 
 
 @pytest.mark.slow
 def test_killed_runs_give_the_same_bits_on_a_mesh(tmp_path: Path) -> None:
-    moments = ["start-up", "step", "write", "step", "start-up"] * 3
+    moments = ["start-up", "step", "write", "terminate", "step", "start-up", "write"] * 3
     check_kills("hybrid", 8, [*moments, "end"], tmp_path)

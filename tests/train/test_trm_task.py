@@ -343,7 +343,7 @@ def test_the_loop_trains_it_and_resumes_it_with_its_carry(tmp_path: Path) -> Non
     assert all(1 <= r["act_steps"] <= 4 for r in halts)
     with Checkpoints(tmp_path / "parts" / CHECKPOINTS_FOLDER, read_only=True) as checkpoints:
         saved = checkpoints.restore(compiled.state).state
-    assert saved.carry.z.sharding.spec[0] == ("data", "fsdp")
+    assert saved.carry.z.sharding.spec[0] == ("data", "fsdp", "expert")
     assert float(jnp.abs(saved.carry.z).max()) > 0
     assert {"y_init", "z_init"} <= named_leaves(saved.model).keys()
     for name in ("y_init", "z_init"):

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from slm_jax.data.pipeline import check_share
+from slm_jax.data.pipeline import check_rows
 from slm_jax.data.puzzles.words import mix, permutations, words
 from slm_jax.errors import UserError
 
@@ -100,8 +100,7 @@ def puzzle_batches(
     batch_size: int,
     seed: int,
     augment: bool,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> PuzzleBatches:
     """Endless shuffled training batches.
 
@@ -115,25 +114,22 @@ def puzzle_batches(
       batch_size: rows of the global batch.
       seed: decides orders and variants.
       augment: apply `train.augmentation`.
-      process_index: this process; it gets rows [k * b, (k + 1) * b) of each global batch,
-        b = batch_size / process_count.
-      process_count: how many processes share the global batch.
+      rows: int [n], the rows of each global batch to read, for a process that needs no others
+        (`parallel.local_rows`); all by default.
 
     Returns:
-      Iterator over batches of batch_size / process_count rows. Its `get_state()` is JSON,
+      Iterator over batches of n rows. Its `get_state()` is JSON,
       `{"next_index": step}`, the same on every process; `set_state` goes to any step.
 
     Raises:
-      UserError: an empty set, batch_size not a multiple of process_count, augment without an
-        augmentation.
+      UserError: an empty set, batch_size below 1, a row that is not in the batch, augment without
+        an augmentation.
     """
-    check_share(batch_size, process_index, process_count)
+    rows = check_rows(batch_size, rows)
     if not len(train):
         raise UserError(f"train={train.name!r} has no puzzles: give at least one")
     if augment and train.augmentation is None:
         raise UserError(f"augment=True: {train.name!r} has no augmentation: set augment=False")
-    local = batch_size // process_count
-    rows = np.arange(process_index * local, (process_index + 1) * local)
     return PuzzleBatches(train, batch_size, seed, train.augmentation if augment else None, rows)
 
 

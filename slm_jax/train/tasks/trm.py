@@ -21,7 +21,7 @@ from slm_jax.models.flops import peak_flops
 from slm_jax.models.trm import TRM, Latents, TRMConfig, empty_latents, refine
 from slm_jax.models.trm_flops import training_flops
 from slm_jax.nn.stablemax import stablemax_cross_entropy
-from slm_jax.parallel import shard_batch
+from slm_jax.parallel import local_rows, shard_batch
 from slm_jax.parallel.rules import split_as
 from slm_jax.train.loop import Count
 from slm_jax.train.step import TrainState
@@ -288,15 +288,11 @@ def _batches(
     `weights` is 1 for a puzzle and 0 for what fills up.
     """
     n = len(puzzles["inputs"])
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if not n:
         raise UserError("puzzles: there is none to score")
-    if batch_size % parts:
-        raise UserError(f"batch_size={batch_size} is not a multiple of data x fsdp = {parts}")
-    rows = batch_size // jax.process_count()
-    first = jax.process_index() * rows
+    rows = local_rows(mesh, batch_size)
     for i in range(0, n, batch_size):
-        index = np.arange(i + first, i + first + rows)
+        index = i + rows
         host = {name: np.asarray(puzzles[name], np.int32)[index % n] for name in names}
         host["weights"] = (index < n).astype(np.float32)
         yield shard_batch(host, mesh), min(batch_size, n - i)
