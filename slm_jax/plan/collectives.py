@@ -75,10 +75,10 @@ def _walk(
     """(kind, bytes, group, runs) of every collective below a computation of the control flow."""
     seen: set[str] = set()
     for line in computations.get(name, ()):
-        for kind, size, group, channel in _inside(name, line, computations, n_devices):
-            if channel is None or channel not in seen:
+        for kind, size, group, identity in _inside(name, line, computations, n_devices):
+            if identity is None or identity not in seen:
                 yield kind, size, group, runs
-                seen |= {channel} if channel else set()
+                seen |= {identity} if identity else set()
         called = re.findall(r"(?:body|true_computation|false_computation)=%?([\w.\-]+)", line)
         for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
             called += re.findall(r"[\w.\-]+", branches)
@@ -93,7 +93,7 @@ def _walk(
 def _inside(
     owner: str, line: str, computations: Mapping[str, Sequence[str]], n_devices: int
 ) -> Iterator[tuple[str, int, int, str | None]]:
-    """(kind, bytes, group, channel) of an instruction, or of those in the fusion that it calls."""
+    """(kind, bytes, group, identity) of an instruction, or of those in the fusion that it calls."""
     if " fusion(" in line:
         for inner in re.findall(r"calls=%?([\w.\-]+)", line):
             for other in computations.get(inner, ()):
@@ -114,8 +114,18 @@ def _inside(
         size *= group
     if kind == "all-reduce" and owner.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
+    yield kind, size, group, _identity(line)
+
+
+def _identity(line: str) -> str | None:
+    """What the pieces of one asynchronous collective have in common; `None`: it is in one piece.
+
+    Its channel, or a chain of its own where jax wrote it: all those of `shard_map` are channel 1.
+    """
+    if chain := re.search(r'chain_id="(\d+)"', line):
+        return f"chain {chain[1]}"
     channel = re.search(r"channel_id=(\d+)", line)
-    yield kind, size, group, channel[1] if channel else None
+    return None if channel is None or channel[1] == "1" else channel[1]
 
 
 def _nbytes(letters: str, bits: str, dimensions: str) -> int:

@@ -22,12 +22,12 @@ from typing import Any
 from slm_kernels.aot import compile as aot
 from slm_kernels.aot import find_libtpu, simulate
 from slm_kernels.aot.gpu import describe_gpus, gpu_environment
-from slm_kernels.aot.gpu_targets import GPU_TARGETS
+from slm_kernels.aot.gpu_targets import GPUS
 
 import slm_jax
 from slm_jax.errors import UserError
 from slm_jax.plan.collectives import Collective, read_collectives
-from slm_jax.plan.slices import Node, Slice
+from slm_jax.slices import Slice, compiler_flags
 from slm_jax.train import experiment, trm_experiment
 from slm_jax.train.experiment import Experiment
 from slm_jax.train.serialize import from_json, to_json
@@ -37,8 +37,8 @@ Run = Experiment | TRMExperiment
 
 _RUNS: dict[str, Any] = {"Experiment": Experiment, "TRMExperiment": TRMExperiment}
 _TIMEOUT = 3600  # seconds a compilation may take
-# Folders of slm_jax whose sources decide what is compiled.
-_SOURCES = ("models", "nn", "parallel", "plan", "train")
+# What of slm_jax decides what is compiled and what is read off it.
+_SOURCES = ("models", "nn", "parallel", "train", "plan/program.py", "plan/collectives.py")
 _KEPT = Path(".cache/plan")
 
 
@@ -81,8 +81,8 @@ class Compiled:
         return self.argument_bytes + self.new_bytes + self.temporary_bytes + self.code_bytes
 
 
-def compile_run(run: Run, where: Slice | Node, *, kept: Path | None = _KEPT) -> Compiled:
-    """Compiles the step of a run for a slice or node.
+def compile_run(run: Run, where: Slice, *, kept: Path | None = _KEPT) -> Compiled:
+    """Compiles the step of a run for a slice, with the slice's flags.
 
     Args:
         run: the configuration; `run.mesh` is resolved on the devices.
@@ -93,8 +93,9 @@ def compile_run(run: Run, where: Slice | Node, *, kept: Path | None = _KEPT) -> 
         UserError: if the compiler is not installed, the run does not divide over the mesh, or the
             compiler gives up for another reason than memory.
     """
+    limit, flags = where.hbm, compiler_flags(where)
     try:
-        if isinstance(where, Slice):
+        if where.platform == "tpu":
             environment, compiler = aot.child_environment(), _libtpu_version()
         else:
             environment, compiler = gpu_environment(), "cuda"
@@ -102,10 +103,15 @@ def compile_run(run: Run, where: Slice | Node, *, kept: Path | None = _KEPT) -> 
         raise UserError(str(e)) from None
     # What has no influence on the program.
     same = {"seed": 0, "steps": 1, "out": "runs/plan", "overwrite": False}
-    request = {"run": to_json(run) | same, "topology": where.topology}
+    request = {
+        "run": to_json(run) | same,
+        "topology": where.topology,
+        "chip_config": where.kind.chip_config,
+        "flags": flags,
+    }
     path = None if kept is None else kept / f"{_key(request, compiler)}.json"
     if path is None or not path.exists():
-        answer = _ask(request, environment)
+        answer = _ask(request, environment | flags)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Whole or not at all: others may read it.
@@ -116,12 +122,12 @@ def compile_run(run: Run, where: Slice | Node, *, kept: Path | None = _KEPT) -> 
         answer = json.loads(path.read_text())
     found = _read(answer)
     used = found.device_bytes
-    if isinstance(where, Node) and used > where.hbm:  # it compiles all the same
+    if found.fits and used > limit:  # no compiler of GPU programs refuses one
         return Compiled(
             found.arguments,
             temporary_bytes=used,
             fits=False,
-            refusal=f"{used} bytes of {where.hbm:.0f}",
+            refusal=f"{used} bytes of {limit:.0f}",
             trace_seconds=found.trace_seconds,
             compile_seconds=found.compile_seconds,
         )
@@ -139,9 +145,9 @@ def _key(request: Mapping[str, Any], compiler: str) -> str:
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
     digest.update(f"{importlib.metadata.version('jax')} {compiler}".encode())
     package, kernels = Path(slm_jax.__file__).parent, Path(aot.__file__).parents[1]
-    for folder in (*(package / name for name in _SOURCES), kernels):
-        for source in sorted(folder.rglob("*.py")):
-            name = source.relative_to(folder).as_posix()
+    for part in (*(package / name for name in _SOURCES), kernels):
+        for source in sorted(part.rglob("*.py")) if part.is_dir() else [part]:
+            name = source.relative_to(part.parent).as_posix()
             digest.update(name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:32]
 
@@ -193,27 +199,33 @@ def refusal_bytes(message: str) -> int | None:
     return None if told is None else round(float(told[1]) * 1024 ** (" KMGT".index(told[2])))
 
 
-def _compile(run: Run, topology: str) -> dict[str, Any]:
+def _describe(topology: str, chip_config: str | None) -> Sequence[Any]:
+    """Devices that are not there."""
+    from jax.experimental import topologies
+
+    kind, _, shape = topology.partition(":")
+    if kind in GPUS:
+        _, nodes, number = map(int, shape.split("x"))
+        return describe_gpus(kind, number, nodes)
+    config = {} if chip_config is None else {"chip_config_name": chip_config}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **config).devices
+
+
+def _compile(run: Run, topology: str, chip_config: str | None) -> dict[str, Any]:
     """Runs in the child: the fields of `Compiled`."""
     import jax
-    from jax.experimental import topologies
 
     from slm_jax.parallel import make_mesh
     from slm_jax.train.step import lower_step
 
-    kind, _, shape = topology.partition(":")
-    on_gpu = kind in GPU_TARGETS
-    if on_gpu:
-        devices = describe_gpus(kind, int(shape.rpartition("x")[2]))
-    else:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(run.mesh, devices)
+    mesh = make_mesh(run.mesh, _describe(topology, chip_config))
     start = time.perf_counter()
     if isinstance(run, Experiment):
         step, batch = experiment.step_inputs(run)
     else:
         step, batch = trm_experiment.step_inputs(run)
-    lowered = lower_step(step, mesh, batch)
+    with run.mesh.rules():
+        lowered = lower_step(step, mesh, batch)
     traced = time.perf_counter()
 
     def nbytes(tree: Any) -> int:
@@ -251,7 +263,7 @@ def _compile(run: Run, topology: str) -> dict[str, Any]:
     assert hlo is not None
     cycles = None
     try:
-        if not on_gpu:  # which nothing simulates
+        if mesh.devices.flat[0].platform == "tpu":  # GPUs are simulated by nothing
             cycles = sum(
                 op.runs * (op.cycles or 0) for op in simulate.operations(hlo) if not op.pallas
             )
@@ -274,7 +286,8 @@ def main(given: str, out: str) -> None:
     request = json.loads(Path(given).read_text())
     kind: Any = _RUNS[request["run"]["type"]]
     try:
-        answer = _compile(from_json(kind, request["run"]), request["topology"])
+        run = from_json(kind, request["run"])
+        answer = _compile(run, request["topology"], request["chip_config"])
     except UserError as e:
         answer = {"error": str(e)}
     except Exception as e:

@@ -10,7 +10,7 @@ from slm_jax.models.flops import training_flops
 from slm_jax.models.trm_flops import recomputed_flops
 from slm_jax.parallel import MESH_AXES
 from slm_jax.plan.program import Compiled, Run
-from slm_jax.plan.slices import Node, Slice
+from slm_jax.slices import Slice, row_parts
 from slm_jax.train.experiment import Experiment
 from slm_jax.train.trm_experiment import step_flops
 
@@ -29,7 +29,7 @@ class Plan:
     """
 
     run: Run
-    where: Slice | Node
+    where: Slice
     mesh: Mapping[str, int]
     compiled: Compiled
     model_flops: float
@@ -85,7 +85,7 @@ class Plan:
         return self.mfu(1.0) / share
 
 
-def make_plan(run: Run, where: Slice | Node, compiled: Compiled) -> Plan:
+def make_plan(run: Run, where: Slice, compiled: Compiled) -> Plan:
     """Adds what is counted from the configuration."""
     if isinstance(run, Experiment):
         tokens = run.batch_size * run.seq_len
@@ -116,7 +116,7 @@ def remedies(plan: Plan) -> list[str]:
         return out
     if run.model.remat != "full":
         out.append("recompute activations: --model.remat full")
-    rows = run.batch_size // (mesh["data"] * mesh["fsdp"]) // run.accumulate
+    rows = run.batch_size // row_parts(run.mesh, plan.where.devices) // run.accumulate
     over = c.temporary_bytes / max(plan.where.hbm - held, 1.0)
     parts = next((n for n in range(2, rows + 1) if rows % n == 0 and n >= over), rows)
     if parts > 1:

@@ -52,6 +52,10 @@ ENTRY %main (x: bf16[32,512]) -> f32[] {
   %aa = (s4[64]{0}, pred[32]{0}) all-to-all(%x, %x), replica_groups={{0,1,2,3,4,5,6,7}}
   %cp = (f32[6]{0}, f32[6]{0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
   %done = f32[6]{0} collective-permute-done(%cp)
+  %hand.1 = f32[3]{0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+  %hand.2 = f32[3]{0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+  %part.1 = f32[2]{0} all-gather(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, frontend_attributes={chain_id="4"}
+  %part.2 = f32[2]{0} all-gather(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, frontend_attributes={chain_id="4"}
   ROOT %z = f32[] constant(0)
 }
 """  # noqa: E501
@@ -69,6 +73,9 @@ def test_every_form_that_the_compiler_writes() -> None:
         ("all-gather", 8): Collective("all-gather", 1, 80, 70, 8),
         ("reduce-scatter", 2): Collective("reduce-scatter", 1, 40, 20, 2),
         ("all-to-all", 8): Collective("all-to-all", 1, 64, 56, 8),
+        # By hand: two that share a channel, and one in two pieces.
+        ("reduce-scatter", 8): Collective("reduce-scatter", 2, 2 * 96, 2 * 84, 8),
+        ("all-gather", 2): Collective("all-gather", 1, 8, 4, 2),
         ("collective-permute", 2): Collective("collective-permute", 1, 24, 24, 2),
     }
 
