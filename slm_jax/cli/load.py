@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import tokenizers
 
-from slm_jax.compress.io import TOKENIZER, is_quantised_folder, load_quantised
+from slm_jax.compress.io import MANIFEST, TOKENIZER, is_quantised_folder, load_quantised
 from slm_jax.data import Tokenizer, load_tokenizer
 from slm_jax.errors import UserError
 from slm_jax.models.hf import load_hf
@@ -17,6 +17,8 @@ from slm_jax.models.lm import LM, LMConfig
 from slm_jax.train.experiment import load_model, load_run_tokenizer
 from slm_jax.train.folder import CONFIG_FILE
 from slm_jax.train.serialize import from_json
+
+GENERATION = "generation_config.json"
 
 
 def load(folder: Path, *, ema: bool = False) -> tuple[LM, Tokenizer, np.ndarray]:
@@ -44,6 +46,41 @@ def load(folder: Path, *, ema: bool = False) -> tuple[LM, Tokenizer, np.ndarray]
     # What its post-processor puts around an empty text: the beginning of text, if it has one.
     prefix = tokenizers.Tokenizer.from_file(str(file)).encode("").ids
     return load_hf(folder), tokenizer, np.asarray(prefix, np.int32)
+
+
+def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text of this model: several where an assistant's turn ends otherwise.
+
+    From generation_config.json or config.json of a Hugging Face folder, from what `slm quantize`
+    kept of these; else the tokenizer's end of text.
+
+    Args:
+        folder: as in `load`.
+        tokenizer: that `load` gave.
+
+    Raises:
+        UserError: if a file names no token ids.
+    """
+    sources = [(GENERATION, "eos_token_id"), (CONFIG_FILE, "eos_token_id")]
+    if is_quantised_folder(folder):
+        sources = [(MANIFEST, "eos_ids")]
+    elif not is_hf(folder):
+        sources = []
+    for name, field in sources:
+        if not (folder / name).is_file():
+            continue
+        try:
+            data = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / name} cannot be read ({error}): copy it again") from error
+        found = data.get(field) if isinstance(data, dict) else None
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise UserError(f"{folder / name}: {field}={found!r} is no list of token ids: mend it")
+        return tuple(ids)
+    return (tokenizer.eos_id,)
 
 
 def is_hf(folder: Path) -> bool:

@@ -35,13 +35,14 @@ def command(args: Sequence[str]) -> None:
         return
     table = Table(
         caption=f"FLOPs: causal, without recomputation, at the context or {LONGEST_ROW} tokens if "
-        "that is less. Bytes: of one row, in the model's compute dtype; 1k is 1024 tokens.",
+        "that is less. Bytes: of one row, in the model's compute dtype; the last at 32k with keys "
+        "and values in int8; 1k is 1024 tokens.",
         caption_justify="left",
     )
     table.add_column("preset")
     for heading in (
-        "parameters", "active", "non-embedding", "context", "training FLOPs/token",
-        "KV/token", "state at 1k", "at 32k",
+        "parameters", "active", "non-\nembedding", "context", "training\nFLOPs/token",
+        "KV/token", "state\nat 1k", "\nat 32k", "\nint8",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for name, values in rows.items():
@@ -52,12 +53,18 @@ def command(args: Sequence[str]) -> None:
             count(values["training_flops"]),
             nbytes(values["kv_bytes_per_token"]),
             *(nbytes(values[f"state_bytes_{n}"]) for n in STATE_LENGTHS),
+            nbytes(values[f"state_bytes_int8_{STATE_LENGTHS[-1]}"]),
         )
     console().print(table)
 
 
 def row(model: LMConfig) -> dict[str, Any]:
-    """The numbers of one preset: `ModelSummary`, the context, and `state_bytes_<length>`."""
+    """The numbers of one preset: `ModelSummary`, the context, and `state_bytes_<length>`.
+
+    `state_bytes_int8_<length>` is the same with an int8 KV cache.
+    """
     sizes = asdict(summary(model, min(model.max_seq_len, LONGEST_ROW)))
     states = {f"state_bytes_{n}": state_bytes(model, n) for n in STATE_LENGTHS}
+    last = STATE_LENGTHS[-1]
+    states[f"state_bytes_int8_{last}"] = state_bytes(model, last, "int8")
     return {"context": model.max_seq_len, "dtype": model.dtype, **sizes, **states}

@@ -1,6 +1,12 @@
-"""Text generation: batched prefill, cached decoding, sampling."""
+"""Text generation: chunked prefill, cached decoding, sampling, drafts.
 
-from slm_jax.infer.generate import generate, stream
+Read in this order: sampling.py (logits to tokens), step.py (what runs on the device), generate.py
+(batches and slots), speculative.py (a small model drafts), text.py (tokens to text as they come).
+"""
+
+from slm_jax.infer.generate import EarlyExit, generate, stream
 from slm_jax.infer.sampling import Sampling
+from slm_jax.infer.speculative import Round, speculate
+from slm_jax.infer.text import RowText
 
-__all__ = ["Sampling", "generate", "stream"]
+__all__ = ["EarlyExit", "Round", "RowText", "Sampling", "generate", "speculate", "stream"]

@@ -9,9 +9,9 @@ import pytest
 
 from slm_jax.errors import UserError
 from slm_jax.infer import Sampling, generate, stream
-from slm_jax.infer.generate import decode, left_pad, prefill
+from slm_jax.infer.step import decode, left_pad, prefill
 from slm_jax.models.lm import LM
-from slm_jax.nn.attention import KVCache
+from slm_jax.nn.kv_cache import KVCache
 from slm_jax.parallel import MeshConfig, make_mesh, shard_batch, shardings
 from tests.nn.tiny import VOCAB, WINDOW, tiny_lm, tokens
 
@@ -41,6 +41,16 @@ def uncached(name: str) -> np.ndarray:
     return np.stack([logits[i, n - 1 : n - 1 + NEW] for i, n in enumerate(LENGTHS)])
 
 
+def slowly(*names: str) -> list:
+    """Cases of the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def assert_close(got: np.ndarray, want: np.ndarray, share: float = 1e-5) -> None:
+    """Within a share of the largest logit."""
+    np.testing.assert_allclose(got, want, atol=share * np.abs(want).max(), rtol=0)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tokens_are_the_argmax_of_full_forward_passes(name: str) -> None:
     assert [len(row) for row in greedy(name)] == [NEW] * 3
@@ -56,7 +66,7 @@ def test_logits_are_those_of_full_forward_passes(name: str) -> None:
         fed = np.array([row[i] for row in greedy(name)])
         logits, state = decode(model_of(name), fed, np.array(LENGTHS, np.int32) + i, state)
         steps.append(np.asarray(logits))
-    np.testing.assert_allclose(np.stack(steps, axis=1), uncached(name), atol=1e-4, rtol=0)
+    assert_close(np.stack(steps, axis=1), uncached(name))
     caches = [s for s in (*state["blocks"], *state["tail"]) if isinstance(s, KVCache)]
     slots = WINDOW.window if name in ("window", "hybrid") else 48  # a ring is as long as its window
     assert all(c.positions.shape[-1] == slots for c in caches)
@@ -84,7 +94,37 @@ def test_chunked_prefill_is_one_prefill(name: str, chunk: int) -> None:
     for start in range(0, 28, chunk):
         part, state = continued(model, ids[:, start : start + chunk], start, state)
         logits.append(part)
-    np.testing.assert_allclose(np.concatenate(logits, 1), forward(model, ids), atol=1e-4, rtol=0)
+    assert_close(np.concatenate(logits, 1), forward(model, ids))
+
+
+@pytest.mark.parametrize("name", ["dense", *slowly("window", "moe", "mamba", "hybrid")])
+def test_a_prompt_in_chunks_is_the_prompt(name: str) -> None:
+    rows = [tokens(1, n, seed=n)[0] for n in (45, 3, 20)]  # the second begins in the last chunk
+    padded, segments = left_pad(rows, chunk=16)
+    assert padded.shape == (3, 48)
+    whole, state = prefill(model_of(name), padded, segments, 64)
+    parts, again = prefill(model_of(name), padded, segments, 64, chunk=16)
+    assert_close(parts, whole)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        assert_close(np.asarray(a), np.asarray(b))
+    ids, at = np.array([1, 2, 3]), np.array([45, 3, 20], np.int32)
+    assert_close(
+        decode(model_of(name), ids, at, again)[0], decode(model_of(name), ids, at, state)[0]
+    )
+
+
+@pytest.mark.parametrize("name", ["dense", *slowly("hybrid")])
+def test_an_int8_cache_stays_near_a_float_one(name: str) -> None:
+    """Within 4 % of the largest logit, though weights as random as these are sensitive."""
+    padded, segments = left_pad(PROMPTS)
+    logits, state = prefill(model_of(name), padded, segments, 48, dtype="int8")
+    caches = [s for s in (*state["blocks"], *state["tail"]) if isinstance(s, KVCache)]
+    assert {(c.k.dtype.name, c.v.dtype.name) for c in caches} == {("int8", "int8")}
+    fed = np.array([row[0] for row in greedy(name)])
+    step, _ = decode(model_of(name), fed, np.array(LENGTHS, np.int32), state)
+    got, want = np.stack([logits, step], 1), uncached(name)[:, :2]
+    assert_close(got, want, 0.04)
+    assert np.abs(got - want).max() > 1e-4 * np.abs(want).max()  # or it was no int8
 
 
 def sampled(prompts: list[np.ndarray], key: jax.Array = KEY, **kwargs) -> list[list[int]]:
@@ -145,6 +185,10 @@ def test_padded_array_is_its_rows() -> None:
         (dict(prompts=np.array([1, 2])), r"prompts\[0\] is int64\[\]"),
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
         (dict(eos_id=VOCAB), f"eos_id={VOCAB} is not below"),
+        (dict(eos_id=[1, VOCAB]), f"eos_id={VOCAB} is not below"),
+        (dict(max_new_tokens=[1, 2]), "max_new_tokens has 2 numbers for 1 prompts"),
+        (dict(slots=0), "slots=0 must be at least 1"),
+        (dict(key=jax.random.split(KEY, 2)), r"key\[2\] for 1 prompts"),
     ],
 )
 def test_errors_come_at_the_call(change: dict, message: str) -> None:
@@ -153,12 +197,77 @@ def test_errors_come_at_the_call(change: dict, message: str) -> None:
         stream(model_of("dense"), **arguments)
 
 
+@pytest.mark.parametrize("name", ["dense", *slowly("hybrid")])
+def test_waiting_prompts_take_the_slots_of_finished_rows(name: str) -> None:
+    prompts = [tokens(1, n, seed=n)[0] for n in (9, 20, 3, 14, 17)]
+    keys, limits = jax.random.split(KEY, 5), [2, 8, 7, 1, 6]
+    options = dict(sampling=Sampling(0.9, top_k=9, repetition_penalty=1.2), slots=2)
+    steps = np.stack(
+        list(stream(model_of(name), prompts, max_new_tokens=limits, key=keys, **options)),
+        axis=1,
+    )
+    assert (steps >= 0).sum(axis=0).max() == 2
+    assert steps.shape[1] == 15  # batches of two, one after another, would take 8 + 7 + 6
+    rows = [row[row >= 0].tolist() for row in steps]
+    assert [len(row) for row in rows] == limits
+    alone = dict(options, slots=None)
+    for i in (1, 2, 4):
+        row = generate(
+            model_of(name), [prompts[i]], max_new_tokens=limits[i], key=keys[i : i + 1], **alone
+        )
+        assert row[0].tolist() == rows[i]
+
+
+def test_a_row_ends_with_any_of_several_tokens_or_when_told() -> None:
+    free = [row.tolist() for row in greedy("dense")]
+    ends = [free[0][2], free[1][5]]
+    want = [row[: min([i + 1 for i, t in enumerate(row) if t in ends] or [NEW])] for row in free]
+    assert sampled(PROMPTS, sampling=GREEDY, eos_id=ends) == want
+    assert sampled(PROMPTS, sampling=GREEDY, eos_id=set(ends)) == want
+    told: dict[int, list[int]] = {0: [], 1: [], 2: []}
+
+    def stop(row: int, token: int) -> bool:
+        told[row].append(token)
+        return row == 1 and len(told[1]) == 3
+
+    got = sampled(PROMPTS, sampling=GREEDY, stop=stop)
+    assert got == [free[0], free[1][:3], free[2]] == list(told.values())
+
+
+def test_repetition_penalty_counts_the_prompt_and_what_was_drawn() -> None:
+    """A penalty so large that no token comes twice."""
+    model = model_of("dense")
+    [row] = generate(
+        model, [PROMPTS[0]], max_new_tokens=20, key=KEY,
+        sampling=Sampling(temperature=0, repetition_penalty=1e6),
+    )  # fmt: skip
+    assert len({*row.tolist(), *PROMPTS[0].tolist()}) == 20 + len(set(PROMPTS[0].tolist()))
+
+
 def test_generation_works_with_weights_split_over_devices() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     with jax.set_mesh(mesh):
         split = jax.device_put(model_of("hybrid"), shardings(model_of("hybrid"), mesh))
         got = generate(split, PROMPTS, max_new_tokens=NEW, sampling=GREEDY, key=KEY)
     np.testing.assert_array_equal(np.stack(got), np.stack(greedy("hybrid")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "hybrid"])
+@pytest.mark.parametrize("cache", [None, "int8"])
+def test_generation_works_with_rows_and_heads_split_over_devices(name: str, cache: str) -> None:
+    """Four rows at a time over four devices, and the fifth where one has ended."""
+    prompts = [*PROMPTS, *PROMPTS[:2]]
+    options = dict(
+        max_new_tokens=[3, NEW, 5, NEW, NEW], sampling=Sampling(0.8, top_k=8), key=KEY, slots=4,
+        cache_dtype=cache,
+    )  # fmt: skip
+    want = generate(model_of(name), prompts, **options)
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(model_of(name), shardings(model_of(name), mesh))
+        got = generate(split, prompts, **options)
+    assert [row.tolist() for row in got] == [row.tolist() for row in want]
 
 
 @pytest.mark.slow
