@@ -1,9 +1,6 @@
 """A folder that holds a quantised model: safetensors, JSON, a tokenizer. Nothing is unpickled."""
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from safetensors.numpy import save_file
 from slm_jax.compress.quantise import path_name, quantise
 from slm_jax.compress.spec import QuantSpec, parse_spec
 from slm_jax.errors import UserError
+from slm_jax.models.files import check_free, sha256, whole_folder
 from slm_jax.nn.module import is_variable, named_leaves
 
 MANIFEST, WEIGHTS, TOKENIZER = "quantised.json", "model.safetensors", "tokenizer.json"
@@ -35,12 +33,7 @@ def check_out(folder: Path, *, overwrite: bool) -> None:
         UserError: if it is in use by anything else than a quantised model, or by one and
             `overwrite` is false.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not is_quantised_folder(folder):
-        raise UserError(f"out={folder} holds something else than a quantised model: choose another")
-    if not overwrite:
-        raise UserError(f"out={folder} holds a quantised model: choose another or --overwrite")
+    check_free(folder, marker=MANIFEST, what="a quantised model", overwrite=overwrite)
 
 
 def save_quantised(
@@ -71,13 +64,8 @@ def save_quantised(
     Raises:
         UserError: as `check_out`.
     """
-    folder = folder.absolute()
     check_out(folder, overwrite=overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    building.mkdir()
-    try:
+    with whole_folder(folder) as building:
         arrays = {k: np.asarray(v.get_value()) for k, v in named_leaves(model).items()}
         save_file(arrays, building / WEIGHTS)
         (building / TOKENIZER).write_text(tokenizer, encoding="utf-8")
@@ -87,16 +75,10 @@ def save_quantised(
             "vocab": vocab.name,
             "keep": list(keep),
             "model": config,
-            "sha256": {name: _sha256(building / name) for name in (WEIGHTS, TOKENIZER)},
+            "sha256": {name: sha256(building / name) for name in (WEIGHTS, TOKENIZER)},
             **facts,
         }
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rename(replaced)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_quantised[M](folder: Path, build: Callable[[Any], M]) -> tuple[M, dict[str, Any]]:
@@ -118,7 +100,7 @@ def load_quantised[M](folder: Path, build: Callable[[Any], M]) -> tuple[M, dict[
     for name in (WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: copy the folder again")
-        if _sha256(folder / name) != manifest["sha256"].get(name):
+        if sha256(folder / name) != manifest["sha256"].get(name):
             raise UserError(
                 f"{folder / name} is not the file that {MANIFEST} was written with (sha256 "
                 "differs): copy the folder again"
@@ -172,8 +154,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if not isinstance(data.get(name), kind):
             raise UserError(f"{path}: field {name!r} is missing or broken: quantise again")
     return data
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

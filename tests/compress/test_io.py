@@ -155,11 +155,11 @@ def test_a_folder_in_use_is_left_alone(copy: Path, tmp_path: Path) -> None:
     save(copy, overwrite=True, facts={"method": "other"})
     assert load_quantised(copy, build)[1]["method"] == "other"
     (copy / MANIFEST).unlink()
-    with pytest.raises(UserError, match="holds something else than a quantised model"):
+    with pytest.raises(UserError, match="holds other things than a quantised model"):
         save(copy, overwrite=True)
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="is a file"):
         check_out(file, overwrite=True)
 
 

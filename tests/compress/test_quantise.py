@@ -10,7 +10,7 @@ from slm_jax.compress.codes import Coded
 from slm_jax.compress.linear import QuantisedEmbedding, QuantisedLinear, QuantisedMatrix
 from slm_jax.compress.quantise import is_matrix, path_name
 from slm_jax.errors import UserError
-from slm_jax.infer.generate import decode, prefill
+from slm_jax.infer.step import decode, prefill
 from slm_jax.models.recursion import RecursionConfig
 from slm_jax.models.trm import TRM, TRMConfig
 from slm_jax.nn.linear import Embedding, Linear

@@ -1,8 +1,6 @@
 """Writes the GGUF container (version 3), tensor by tensor, and never a half file."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +10,7 @@ import numpy as np
 from slm_jax.errors import UserError
 from slm_jax.export.gguf.blocks import Encoding, encode
 from slm_jax.export.gguf.read import ALIGNMENT, ARRAY, MAGIC, SCALARS, STRING
+from slm_jax.models.files import whole_file
 
 _CODES = {dtype: code for code, dtype in SCALARS.items()}
 # Values encoded at a time: the copies that quantisation makes stay small beside the model.
@@ -47,10 +46,9 @@ def write_gguf(
     Raises:
         UserError: if the file cannot be written, or numbers do not fit their encoding.
     """
-    path = Path(path).absolute()
+    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _whole_or_none(path) as file:
+        with whole_file(path) as file:
             file.write(_header(metadata, tensors))
             _pad(file)
             for name, tensor in tensors.items():
@@ -58,20 +56,6 @@ def write_gguf(
                 _pad(file)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another") from error
-
-
-@contextmanager
-def _whole_or_none(path: Path) -> Iterator[BinaryIO]:
-    """A file under another name in the same folder, renamed when it is done and on the disk."""
-    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with building.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)
 
 
 def _header(metadata: Mapping[str, Any], tensors: Mapping[str, PlannedTensor]) -> bytes:
