@@ -3,16 +3,19 @@
     slm train [PRESET] [options]      train a language model, or a reasoner on puzzles
     slm generate FOLDER [options]     continue prompts with a trained model
     slm solve FOLDER --puzzle TEXT    solve a puzzle with a trained reasoner, step by step
+    slm evaluate FOLDER [options]     perplexity on texts, score on questions
     slm quantize FOLDER --out FOLDER  store a trained model in a few bits a weight
-    slm export FOLDER OUT [options]   write a trained model for llama.cpp or transformers
+    slm export FOLDER OUT [options]   write a trained model for llama.cpp, transformers or jax
     slm import FILE OUT [options]     read a .gguf file or a Hugging Face folder
     slm presets [--json]              sizes and costs of the named models
     slm flops [PRESET] [options]      where the operations of a model go
     slm plan [PRESET] --on SLICE      memory and time on TPUs that are not there
+    slm launch [PRESET] --on SLICE    start a run on every host of a slice
     slm scaling COMMAND [options]     plan, train and fit scaling laws
 
-Exit codes: 0 done, 2 a mistake in what was asked for (one line on stderr), 44 training diverged,
-130 interrupted. `SLM_TRACEBACK=1` shows where a mistake was found.
+Exit codes: 0 done, 2 a mistake in what was asked for (one line on stderr), 42 told to stop and
+saved, 43 a step hung (--loop.hang-limit): the same command goes on, 44 training diverged, 130
+interrupted. `SLM_TRACEBACK=1` shows where a mistake was found.
 """
 
 import keyword
@@ -29,12 +32,14 @@ COMMANDS = (
     "train",
     "generate",
     "solve",
+    "evaluate",
     "quantize",
     "export",
     "import",
     "presets",
     "flops",
     "plan",
+    "launch",
     "scaling",
 )
 

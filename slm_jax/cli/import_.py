@@ -9,8 +9,11 @@ import tyro
 
 from slm_jax.cli.export import folder_sizes, kinds, size_rows
 from slm_jax.cli.load import load
+from slm_jax.cli.measure import read_texts, score_text
 from slm_jax.cli.script import parse
 from slm_jax.cli.show import console, count, facts, nbytes
+from slm_jax.errors import UserError
+from slm_jax.evaluate import Subject
 from slm_jax.export.gguf import Sizes, load_gguf, load_gguf_tokenizer
 from slm_jax.models.hf import HFTokenizer, load_hf, save_hf
 from slm_jax.models.lm import LM
@@ -28,11 +31,22 @@ class Import:
     """Write the tokenizer too."""
     overwrite: bool = False
     """Replace a model in `out`."""
+    text: str | None = None
+    """Text to measure the loss on, as in `slm train --data.source`; needs the tokenizer."""
+    text_tokens: int = 8192
+    """Most tokens of it."""
+
+    def __post_init__(self) -> None:
+        if self.text is not None and not self.tokenizer:
+            raise UserError(
+                "text with tokenizer=False: a text cannot be read without: leave it out"
+            )
 
 
 def command(args: Sequence[str]) -> None:
     """Reads, writes and reports."""
     config = parse(Import, args=args, prog="slm import")
+    texts = None if config.text is None else read_texts(config.text)
     start = time.perf_counter()
     model, tokenizer, sizes = _load(config)
     read = time.perf_counter()
@@ -46,6 +60,14 @@ def command(args: Sequence[str]) -> None:
         "out": f"{config.out}, {nbytes(written.nbytes)} in float32",
         "time": f"{read - start:.1f} s to read, {time.perf_counter() - read:.1f} s to write",
     }
+    if texts is not None:
+        subject = Subject(*load(config.out))
+        score = score_text(subject, texts, config.text_tokens)
+        rows |= {
+            "loss": f"{score.nats:.4f} nats a token on {score.tokens:,} tokens (perplexity "
+            f"{score.perplexity:.3f})",
+            "bits a byte": f"{score.bits_per_byte:.4f}",
+        }
     console().print(facts(rows))
 
 

@@ -1,39 +1,46 @@
 """`slm plan`: memory, communication and least time of a run on devices that are not there."""
 
 import sys
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rich.table import Table
 
-from slm_jax.cli.model import DEFAULT_PRESET, preset_list, split_preset
-from slm_jax.cli.script import parse
+from slm_jax.cli.experiment import (
+    PRESET_NAMES,
+    Run,
+    default_run,
+    has_option,
+    is_preset,
+    read_run,
+    slice_list,
+    take_option,
+)
+from slm_jax.cli.model import DEFAULT_PRESET, split_preset
 from slm_jax.cli.show import console, count, facts, nbytes
-from slm_jax.errors import UserError, named
-from slm_jax.models.lm import LMConfig
-from slm_jax.models.presets import PRESETS
-from slm_jax.plan import Plan, compile_run, find_slice, make_plan
+from slm_jax.errors import UserError
+from slm_jax.plan import Plan, compile_run, make_plan
 from slm_jax.plan.report import remedies
-from slm_jax.plan.slices import Node, Slice, slice_names
+from slm_jax.plan.search import describe, search, seconds_of
+from slm_jax.slices import Slice, find_slice, row_parts
 from slm_jax.train.experiment import Experiment
-from slm_jax.train.trm_experiment import TRMExperiment
-from slm_jax.train.trm_presets import TRM_PRESETS
 
-DESCRIPTION = f"""Compiles the training step of a run for a TPU slice or a node of GPUs that is not
+DESCRIPTION = f"""Compiles the training step of a run for a TPU slice or nodes of GPUs that are not
 there, and says what it would need: slm plan [PRESET] --on SLICE [OPTIONS].
 
-The preset comes first, {DEFAULT_PRESET} by default; options are those of `slm train`. A run of a
-language model has one row a device, of the model's context or 4096 tokens, unless --batch-size and
---seq-len say otherwise.
+The preset comes first, {DEFAULT_PRESET} by default; options are those of `slm train`. Mesh,
+recomputation, microbatches and compiler flags are those of tpu_configs/ where no option says
+otherwise. A run of a language model has one row a device (a group of them, with --mesh.tensor), of
+the model's context or 4096 tokens, unless --batch-size and --seq-len say otherwise.
 
-Slices and nodes (--on): {textwrap.fill(", ".join(slice_names()), width=80)}
+--search N compiles up to N meshes, ways to recompute and microbatches, the most promising first,
+and ranks them. --compare A B, two presets or two slices, prints their plans side by side.
 
-Language models: {preset_list()}
+Slices and nodes (--on): {slice_list("tpu", "gpu")}
 
-Puzzles: {textwrap.fill(", ".join(TRM_PRESETS), width=80)}"""
+{PRESET_NAMES}"""
 
 _LONGEST = 4096  # tokens of a row by default
-_DEFAULTS: dict[str, LMConfig | TRMExperiment] = {**PRESETS, **TRM_PRESETS}
 # What a good run reaches: arXiv 2204.02311, table 3, and later reports are around it.
 _USUAL_MFU = 0.4
 
@@ -44,20 +51,22 @@ def command(args: Sequence[str]) -> None:
     Raises:
         UserError: on a mistake in `args`, or if the step does not fit the memory.
     """
-    where, rest = _split_slice(args)
-    name, rest = split_preset(rest)
-    found = named("preset", name, _DEFAULTS)
-    run: Experiment | TRMExperiment
-    prog = f"slm plan {name} --on {where.name}"
-    if isinstance(found, LMConfig):
-        rows = Experiment(
-            model=found, batch_size=where.devices, seq_len=min(found.max_seq_len, _LONGEST)
-        )
-        run = parse(Experiment, rows, description=DESCRIPTION, args=rest, prog=prog)
-    else:
-        run = parse(TRMExperiment, found, description=DESCRIPTION, args=rest, prog=prog)
-    print(f"compiling for {where.name}, minutes for a large model", file=sys.stderr, flush=True)
-    plan = make_plan(run, where, compile_run(run, where))
+    if {"-h", "--help"} & set(args):
+        name, words = split_preset([w for w in args if w not in ("--search", "--compare")])
+        _, words = take_option(words, "--on")
+        full_size(name, find_slice("tpu-v5e-4"), words)
+    on, words = take_option(args, "--on")
+    if "--compare" in words:
+        _compare(on, words)
+        return
+    most, words = take_option(words, "--search")
+    where = _find(on)
+    name, words = split_preset(words)
+    run = full_size(name, where, words)
+    if most is not None:
+        _search(name, run, where, most)
+        return
+    plan = _plan(run, where)
     out = console()
     out.print(f"{name} on {_slice_text(plan)}", highlight=False)
     out.print(_memory(plan))
@@ -68,31 +77,152 @@ def command(args: Sequence[str]) -> None:
     out.print(facts(_times(plan)))
 
 
-def _split_slice(args: Sequence[str]) -> tuple[Slice | Node, list[str]]:
-    """The slice that `--on` names, and the other words."""
-    words = [
-        part for word in args for part in (word.split("=", 1) if word[:5] == "--on=" else [word])
-    ]
-    if "--on" in words and words[-1] != "--on":
-        at = words.index("--on")
-        return find_slice(words[at + 1]), words[:at] + words[at + 2 :]
-    if {"-h", "--help"} & set(words):
-        return find_slice("tpu-v5e-4"), words
-    raise UserError("on=None: say which slice, as in --on tpu-v5e-256")
+def _find(on: str | None) -> Slice:
+    if on is None:
+        raise UserError("on=None: say which slice, as in --on tpu-v5e-256")
+    where = find_slice(on)
+    _ = where.device  # raises for a CPU
+    return where
+
+
+def full_size(name: str, where: Slice, words: Sequence[str] = ()) -> Run:
+    """The run of a preset on a slice, with as many rows as the mesh splits a batch into.
+
+    Args:
+        name: of the preset.
+        where: the slice.
+        words: options, which may say otherwise.
+    """
+    start = default_run(name, where)
+    if isinstance(start, Experiment):
+        length = min(start.model.max_seq_len, _LONGEST)
+        start = replace(start, seq_len=length, batch_size=where.devices)
+    prog = f"slm plan {name} --on {where.name}"
+    run = read_run(start, name, where, words, description=DESCRIPTION, prog=prog)
+    if isinstance(run, Experiment) and not has_option(words, "--batch-size"):
+        run = replace(run, batch_size=row_parts(run.mesh, where.devices) * run.accumulate)
+    return run
+
+
+def _plan(run: Run, where: Slice) -> Plan:
+    _say(f"compiling for {where.name}, minutes for a large model")
+    return make_plan(run, where, compile_run(run, where))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _search(name: str, run: Run, where: Slice, most: str) -> None:
+    if not most.isdecimal() or int(most) < 1:
+        raise UserError(f"search={most!r}: give the most candidates to compile, as in --search 12")
+    found = search(run, where, limit=int(most), progress=_say)
+    table = Table(title=f"{name} on {where.name}, {_rows(run)}", title_justify="left")
+    for heading in ("", "memory", "share", "a step", "bound by", "MFU"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for plan in found.fitting:
+        seconds, used = seconds_of(plan), plan.compiled.device_bytes
+        table.add_row(
+            describe(plan.run, where),
+            nbytes(used),
+            f"{used / where.hbm:.0%}",
+            _seconds(seconds),
+            plan.bound[0] if seconds == plan.bound[1] else "the estimate",
+            f"{plan.mfu(seconds):.0%}",
+        )
+    out = console()
+    out.print(table)
+    for said, runs in (
+        ("compiled, too large", [plan.run for plan in found.too_large]),
+        ("not compiled, too large by their state and activations alone", found.pruned),
+        ("not compiled, the limit was reached", found.untried),
+    ):
+        shown = "; ".join(describe(r, where) for r in runs[:4]) + ("; ..." if len(runs) > 4 else "")
+        if runs:
+            out.print(f"{len(runs)} {said}: {shown}", highlight=False)
+    if found.refused:
+        out.print(f"{len(found.refused)} refused: {found.refused[0][1]}", highlight=False)
+    if not found.fitting:
+        if not found.too_large and not found.pruned:
+            raise UserError(found.refused[-1][1])
+        raise UserError(f"on={where.name}: nothing that was tried fits: take more chips")
+    best = found.fitting[0].run
+    options = [f"--mesh.{axis} {n}" for axis, n in found.fitting[0].mesh.items()]
+    options += [f"--model.remat {best.model.remat}", f"--accumulate {best.accumulate}"]
+    out.print(f"the first: {' '.join(options)}", highlight=False)
+
+
+def _compare(on: str | None, words: Sequence[str]) -> None:
+    """Two presets on one slice, or one preset on two slices."""
+    at = list(words).index("--compare")
+    pair, words = words[at + 1 : at + 3], [*words[:at], *words[at + 3 :]]
+    if len(pair) < 2:
+        raise UserError("--compare takes two names, of presets or of slices")
+    if all(map(is_preset, pair)):
+        where = _find(on)
+        plans = [_plan(full_size(name, where, words), where) for name in pair]
+    elif on is not None:
+        raise UserError(
+            f"compare={' '.join(pair)}: with --on these are two presets, and {on} is for both"
+        )
+    else:
+        name, words = split_preset(words)
+        plans = [_plan(full_size(name, _find(other), words), _find(other)) for other in pair]
+    table = Table()
+    table.add_column("")
+    for name in pair:
+        table.add_column(name, justify="right")
+    sides = [_side(plan) for plan in plans]
+    for row in dict.fromkeys([*sides[0], *sides[1]]):
+        table.add_row(row, *(side.get(row, "") for side in sides))
+    console().print(table)
+
+
+def _side(plan: Plan) -> Mapping[str, str]:
+    """The column of one plan."""
+    c, where = plan.compiled, plan.where
+    rows = {
+        "slice": f"{where.name}, {where.chips:,} chips",
+        "mesh, remat, microbatches": describe(plan.run, where),
+        "a step": _rows(plan.run),
+    }
+    rows |= {name: nbytes(n) for name, n in c.arguments.items() if n}
+    used = c.device_bytes if c.fits else c.temporary_bytes
+    if c.fits:
+        rows["temporaries"] = nbytes(c.temporary_bytes)
+    rows["memory of a device"] = f"{nbytes(used)}, {used / where.hbm:.0%}"
+    if not c.fits:
+        return rows | {"fits": "no"}
+    for kind in dict.fromkeys(x.kind for x in c.collectives):
+        of_kind = [x for x in c.collectives if x.kind == kind]
+        rows[f"{kind}, sent"] = (
+            f"{sum(x.count for x in of_kind):,}, {nbytes(sum(x.sent for x in of_kind))}"
+        )
+    bound, seconds = plan.bound
+    best = seconds_of(plan)
+    return rows | {
+        "FLOPs": f"{count(plan.model_flops)}FLOP",
+        "least time": f"{_seconds(seconds)}, {bound}",
+        "estimate": "none" if plan.estimate is None else _seconds(plan.estimate),
+        "MFU": f"{plan.mfu(best):.0%}",
+        "chip-seconds": f"{best * where.chips:.3g}",
+    }
 
 
 def _slice_text(plan: Plan) -> str:
     where, run = plan.where, plan.run
     axes = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
-    if isinstance(run, Experiment):
-        size = f"{run.batch_size:,} rows of {run.seq_len:,} tokens"
-    else:
-        size = f"{run.batch_size:,} puzzles"
     micro = f" in {run.accumulate} microbatches" if run.accumulate > 1 else ""
     return (
-        f"{where.name} ({where.chips:,} chips, {where.topology.partition(':')[2]}), mesh {axes}: "
-        f"{size} a step{micro}, {run.model.dtype}, remat {run.model.remat}"
+        f"{where.name} ({where.chips:,} chips, {where.shape}), mesh {axes}: "
+        f"{_rows(run)} a step{micro}, {run.model.dtype}, remat {run.model.remat}"
     )
+
+
+def _rows(run: Run) -> str:
+    if isinstance(run, Experiment):
+        return f"{run.batch_size:,} rows of {run.seq_len:,} tokens"
+    return f"{run.batch_size:,} puzzles"
 
 
 def _memory(plan: Plan) -> Table:
@@ -147,7 +277,7 @@ def _times(plan: Plan) -> dict[str, str]:
         )
     else:
         why = (
-            "no GPU is simulated" if isinstance(where, Node) else "a loop's length depends on data"
+            "no GPU is simulated" if where.platform == "gpu" else "a loop's length depends on data"
         )
         rows["compiler's estimate"] = f"none: {why}"
     total = run.steps * plan.model_flops

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import tyro
 
-from slm_jax.cli.load import is_hf, load
+from slm_jax.cli.load import end_ids, is_hf, load
 from slm_jax.cli.script import parse
 from slm_jax.cli.show import console, facts, nbytes
 from slm_jax.compress import (
@@ -51,6 +51,8 @@ class Quantize:
     method: Literal["rtn", "smoothquant", "gptq", "awq"] = "rtn"
     """How codes are chosen: the nearest ones; those after moving outliers of the activations into
     the weights; those that keep the outputs; those after scaling up the channels that matter."""
+    strength: float = 0.5
+    """How much of the activations' outliers smoothquant moves, from 0 to 1 (the paper's alpha)."""
     text: str | None = None
     """Text for loss and calibration, as in `slm train --data.source`; default the run's own."""
     calibration_tokens: int = 16384
@@ -67,6 +69,11 @@ class Quantize:
     """Replace a quantised model in `out`."""
 
     def __post_init__(self) -> None:
+        if self.strength != 0.5 and self.method != "smoothquant":
+            raise UserError(
+                f"strength={self.strength} with method={self.method}: it is smoothquant's: leave "
+                "it out"
+            )
         for name in ("eval_tokens", "seq_len", "batch_size", "calibration_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -91,7 +98,7 @@ def command(args: Sequence[str]) -> None:
     model = source.model
     before = held_out(model, source.corpus, config, source.seq_len)
     start = time.perf_counter()
-    plain, quantised = jax.block_until_ready(_quantised(config.method, source, spec, vocab))
+    plain, quantised = jax.block_until_ready(_quantised(config, source, spec, vocab))
     seconds = time.perf_counter() - start
     after = held_out(quantised, source.corpus, config, source.seq_len)
     repeats = model.config.recursion is not None  # `layer_errors` does not follow them
@@ -105,6 +112,7 @@ def command(args: Sequence[str]) -> None:
         "layer_errors": errors,
         "seconds": seconds,
         "prefix": source.prefix.tolist(),
+        "eos_ids": end_ids(config.model, source.tokenizer),
     }
     save_quantised(
         quantised,
@@ -120,13 +128,15 @@ def command(args: Sequence[str]) -> None:
     _report(config, vocab, size(model), size(quantised), before, after, errors, seconds)
 
 
-def _quantised(method: str, source: "Source", spec: QuantSpec, vocab: QuantSpec) -> tuple[LM, LM]:
+def _quantised(
+    config: Quantize, source: "Source", spec: QuantSpec, vocab: QuantSpec
+) -> tuple[LM, LM]:
     """The float model that was rounded, and the rounded one."""
-    model = source.model
+    model, method = source.model, config.method
     if method == "gptq":
         return model, quantise_gptq(model, source.calibration, spec, vocab=vocab)
     if method == "smoothquant":
-        model = smoothed(model, source.calibration)
+        model = smoothed(model, source.calibration, strength=config.strength)
     elif method == "awq":
         model = activation_aware(model, source.calibration, spec)
     return model, quantise(model, spec, vocab=vocab)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from slm_jax.errors import UserError
 
 DIVERGED = 44
 """Exit code of a run whose loss is no longer finite, for a launcher that must not repeat it."""
+
+# Exit codes by which all processes of a job end at the same step, of themselves.
+_ALL_AT_ONCE = (0, 42, DIVERGED)
 
 
 def run[T](
@@ -37,10 +41,17 @@ def run[T](
         args: words after the program's name; default those of the process.
 
     Returns:
-        The exit code: 0, 2 on a `UserError` (printed as one line), 44 on a `DivergedError`.
+        The exit code: 0, 2 on a `UserError` (printed as one line), 42 on a `PreemptedError`, 44 on
+        a `DivergedError`. With
+        several processes an error ends this one here and now, and the others with it.
     """
     keep_freed_memory()
-    return guarded(lambda: main(parse(cls, default, description=description, args=args)))
+
+    def program() -> None:
+        config = parse(cls, default, description=description, args=args)
+        together(lambda: main(config))
+
+    return guarded(program)
 
 
 def parse[T](
@@ -84,24 +95,61 @@ def guarded(program: Callable[[], object]) -> int:
     try:
         program()
         sys.stdout.flush()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except BaseException as error:
+        code = _explain(error)
+        if code is None:
+            raise
+        return code
+    return 0
+
+
+def together(program: Callable[[], object]) -> None:
+    """Runs `program` in this process as one of those that a launcher started, if it did.
+
+    They start together, before any device is used, and end together: with one error all of them
+    end, with its exit code. A process alone just runs the program.
+
+    Raises:
+        UserError: if not all processes came.
+    """
+    # Late: not everything that reads a command line needs jax.
+    from slm_jax.parallel import distributed
+
+    distributed.join()
+    if not distributed.joined():
+        program()
+        return
+    try:
+        program()
+    except BaseException as error:
+        code = _explain(error, f"process {distributed.index()}: ")
+        if code in _ALL_AT_ONCE:  # a checkpoint may still be on its way to the disk
+            distributed.leave()
+            raise SystemExit(code) from error
+        if code is None:
+            traceback.print_exception(error)
+        distributed.fail(str(error) or type(error).__name__, 1 if code is None else code)
+    distributed.leave()
+
+
+def _explain(error: BaseException, who: str = "") -> int | None:
+    """The exit code of what ended a program, after one line on stderr; `None` for a bug."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{who}interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # The reader of a pipe has left (`slm presets | head`). Python flushes stdout again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except UserError as error:
-        if os.environ.get("SLM_TRACEBACK") == "1":
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+    if isinstance(error, UserError) and os.environ.get("SLM_TRACEBACK") != "1":
+        print(f"error: {who}" + " ".join(str(error).split()), file=sys.stderr)
         # Late: who gets here may not have needed the trainer, and it is slow to import.
         from slm_jax.train.loop import DivergedError
 
         return DIVERGED if isinstance(error, DivergedError) else 2
-    return 0
+    return None
 
 
 @contextlib.contextmanager

@@ -1,51 +1,55 @@
 """`slm train`: one run, from a preset and overrides."""
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from slm_jax.cli.experiment import PRESET_NAMES, Run, default_run, read_run, take_option
 from slm_jax.cli.host import keep_freed_memory
-from slm_jax.cli.model import DEFAULT_PRESET, preset_list, split_preset
-from slm_jax.cli.script import parse
+from slm_jax.cli.model import DEFAULT_PRESET, split_preset
+from slm_jax.cli.script import together
 from slm_jax.cli.show import console, count, facts, nbytes
-from slm_jax.errors import named
-from slm_jax.models.lm import LMConfig
-from slm_jax.models.presets import PRESETS, summary
+from slm_jax.models.presets import summary
 from slm_jax.models.trm import n_parameters
+from slm_jax.slices import Slice, check_hardware, find_slice, prepare_process
 from slm_jax.train import experiment, trm_experiment
 from slm_jax.train.experiment import Experiment
+from slm_jax.train.goodput import describe
 from slm_jax.train.trm_experiment import TRMExperiment
-from slm_jax.train.trm_presets import TRM_PRESETS
 
-DESCRIPTION = f"""Trains a model: slm train [PRESET] [OPTIONS].
+DESCRIPTION = f"""Trains a model: slm train [PRESET] [--on SLICE] [OPTIONS].
 
 The preset comes first, {DEFAULT_PRESET} by default. One of a language model sets the model, one of
 puzzles the whole run; every option below overrides one field. The same command resumes a run that
-was stopped, and shows the result of one that is done.
+was stopped, and shows the result of one that is done. SIGTERM or Ctrl-C saves and exits with 42.
 
-Language models: {preset_list()}
+--on names the devices this runs on (tpu-v5e-256, h100-8, cpu-8): mesh, recomputation, microbatches
+and the compiler's flags are then those of tpu_configs/, and it ends if jax sees something else.
 
-Puzzles: {textwrap.fill(", ".join(TRM_PRESETS), width=80)}"""
-
-_DEFAULTS: dict[str, LMConfig | TRMExperiment] = {**PRESETS, **TRM_PRESETS}
+{PRESET_NAMES}"""
 
 
 def command(args: Sequence[str]) -> None:
     """Trains what `args` describe and prints the result."""
     keep_freed_memory()
-    name, rest = split_preset(args)
-    found = named("preset", name, _DEFAULTS)
-    out = Path("runs") / name
-    if isinstance(found, LMConfig):
-        _train_lm(name, _parse(Experiment(model=found, out=out), name, rest))
-    else:
-        _train_trm(name, _parse(replace(found, out=out), name, rest))
-
-
-def _parse[T](default: T, name: str, args: Sequence[str]) -> T:
+    slice_name, words = take_option(args, "--on")
+    where = None if slice_name is None else find_slice(slice_name)
+    name, words = split_preset(words)
+    start = replace(default_run(name, where), out=Path("runs") / name)
     prog = f"slm train {name}"
-    return parse(type(default), default, description=DESCRIPTION, args=args, prog=prog)
+    config = read_run(start, name, where, words, description=DESCRIPTION, prog=prog)
+    if where is not None:
+        prepare_process(where)
+    together(lambda: _train(name, config, where))
+
+
+def _train(name: str, config: Run, where: Slice | None) -> None:
+    if where is not None:
+        check_hardware(where)
+    if isinstance(config, Experiment):
+        _train_lm(name, config)
+    else:
+        _train_trm(name, config)
 
 
 def _train_lm(name: str, config: Experiment) -> None:
@@ -101,4 +105,6 @@ def _costs(result: experiment.Result | trm_experiment.TRMResult) -> dict[str, st
     return {
         "compilation": f"{result.compile_seconds:.1f} s",
         "memory of a step": f"{nbytes(result.memory_bytes)} a device",
+        "host": f"{result.host_share:.1%} of a step is spent outside the compiled program",
+        "wall time": f"{sum(result.goodput.values()):,.0f} s: {describe(result.goodput)}",
     }
