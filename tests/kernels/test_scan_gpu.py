@@ -16,7 +16,7 @@ from slm_kernels.scan.gpu import selective_scan_gpu
 
 from tests.kernels.inputs import scan_inputs
 from tests.kernels.interpret_gpu import interpreted_gpu
-from tests.kernels.test_scan_tpu import assert_close, check, cotangents, oracle, resets, run
+from tests.kernels.test_scan_tpu import check, check_bfloat16, resets
 
 SPANS = partial(selective_scan_gpu, spans=2)
 on_gpu = partial(check, interpreter=interpreted_gpu)
@@ -55,19 +55,7 @@ def test_first_token_resets_and_every_token_resets() -> None:
 
 @pytest.mark.slow
 def test_bfloat16_inputs_keep_a_float32_state() -> None:
-    x = scan_inputs(1, 40, 128, 3)
-    x |= {k: np.asarray(jnp.asarray(x[k], jnp.bfloat16)) for k in ("u", "b", "c")}
-    y, last, grads = run(x, kernel=SPANS, interpreter=interpreted_gpu, without=("initial_state",))
-    assert (y.dtype, last.dtype) == (jnp.bfloat16, np.float32)
-    x["initial_state"][:] = 0
-    dy, dlast = cotangents(x)
-    dy = np.asarray(jnp.asarray(dy, jnp.bfloat16), np.float64)
-    want_y, want_last, want = oracle(x, None, dy, dlast)
-    assert_close(last, want_last)
-    assert_close(y, want_y, 2**-8)  # rounded once, at the end
-    for name in grads:
-        assert grads[name].dtype == x[name].dtype
-        assert_close(grads[name], want[name], 1e-5 if grads[name].dtype == np.float32 else 2**-8)
+    check_bfloat16(scan_inputs(1, 40, 128, 3), kernel=SPANS, interpreter=interpreted_gpu)
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ two warpgroups, each of which computes with 64 of the rows that stay:
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from slm_kernels import pallas
+from slm_kernels.base2 import LOG2E
 
-LOG2E = math.log2(math.e)
 ROWS = 64  # of a wgmma instruction, and so of a warpgroup
 COMPUTE = 2  # warpgroups that compute
 BLOCK = ROWS * COMPUTE

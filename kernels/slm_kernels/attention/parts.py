@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from slm_kernels.attention.mask import visible
+from slm_kernels.base2 import LOG2E
 
-_LOG2E = 1.4426950408889634
 # Finite, so that a row that sees nothing stays free of NaN.
 _HIDDEN = -1e30
 
@@ -94,7 +94,7 @@ def _scores(mask: Mask, q: jax.Array, k: jax.Array, ids: Ids) -> tuple[jax.Array
     assert q_positions is not None
     assert kv_positions is not None
     seen = visible(q_positions, kv_positions, *segments, causal=mask.causal, window=mask.window)
-    return jnp.where(seen[:, None, None], scores * _LOG2E, _HIDDEN), slope
+    return jnp.where(seen[:, None, None], scores * LOG2E, _HIDDEN), slope
 
 
 def merge(

@@ -22,7 +22,6 @@ from jax.experimental.pallas import tpu as pltpu
 from slm_kernels.attention.tpu_tiles import (
     HIDDEN,
     LANES,
-    LOG2E,
     VMEM_LIMIT,
     Tiling,
     column,
@@ -33,6 +32,7 @@ from slm_kernels.attention.tpu_tiles import (
     round_up,
     shape_like,
 )
+from slm_kernels.base2 import LOG2E
 from slm_kernels.pallas import interpret
 
 # Of the queries' gradient in one chunk; on the chip it is there twice.

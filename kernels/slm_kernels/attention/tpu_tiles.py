@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from slm_kernels.base2 import LOG2E
+
 LANES = 128
-LOG2E = 1.4426950408889634
 # Finite, so that a row that has seen nothing yet stays free of NaN.
 HIDDEN = -1e30
 # More than a kernel's default share; every chip of v5e and later has at least 64 MiB.

@@ -37,7 +37,6 @@ from jax.experimental.pallas import tpu as pltpu
 from slm_kernels.attention.tpu_tiles import (
     HIDDEN,
     LANES,
-    LOG2E,
     VMEM_LIMIT,
     dot,
     lanes,
@@ -47,6 +46,7 @@ from slm_kernels.attention.tpu_tiles import (
     shape_like,
     varying,
 )
+from slm_kernels.base2 import LOG2E
 from slm_kernels.pallas import interpret
 
 _BLOCK_BYTES = 2**20  # of keys: copies are long, and keys and values fit twice

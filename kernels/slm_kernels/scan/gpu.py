@@ -44,13 +44,11 @@ import jax
 import jax.numpy as jnp
 
 from slm_kernels.dispatch import on_hopper, platform
+from slm_kernels.scan.decay import FOREVER, log2_rates
 from slm_kernels.scan.gpu_backward import backward
 from slm_kernels.scan.gpu_forward import (
     CHANNELS,
     F32,
-    FOREVER,
-    LOG2E,
-    TINY,
     Layout,
     forward,
 )
@@ -168,7 +166,4 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 def _with_rates(args: dict[str, Any]) -> dict[str, Any]:
-    a2 = args["a"] * LOG2E
-    if args["reset"] is not None:
-        a2 = jnp.where((a2 > -TINY) & (a2 <= 0), -TINY, a2)
-    return args | {"a2": a2}
+    return args | {"a2": log2_rates(args["a"], resets=args["reset"] is not None)}

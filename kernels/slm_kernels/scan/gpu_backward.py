@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from slm_kernels.base2 import LOG2E
 from slm_kernels.scan.gpu_forward import (
     CHANNELS,
     F32,
     GROUPS,
-    LOG2E,
     ROWS,
     Layout,
     Refs,
@@ -25,6 +25,7 @@ from slm_kernels.scan.gpu_forward import (
     passed_on,
     place,
     rates,
+    scan_from_zero,
     slots,
     zeros,
 )
@@ -192,22 +193,8 @@ def backward(
     def result(*shape: int, dtype: Any = F32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
-    ends: dict[str, Any] = {}
-    if lay.spans > 1:
-        inputs = {k: args[k] for k in ("dt", "c", "reset")} | {"dy": dy}
-        ends = launch(
-            lambda x: _ends_kernel(x, lay),
-            "selective_scan_gradient_ends",
-            (blocks, lay.spans - 1, batch),
-            inputs | {"a2": args["a2"]},
-            {
-                "ends": result(lay.spans - 1, lay.n, width),
-                "totals": result(lay.spans - 1, width),
-            },
-            slots(lay, inputs),
-            flops=4 * work,
-            exps=work,
-        )
+    first = {k: args[k] for k in ("dt", "c", "reset")} | {"dy": dy}
+    ends = scan_from_zero(_ends_kernel, "selective_scan_gradient_ends", lay, first, args["a2"])
     inputs = {k: args[k] for k in ("u", "dt", "b", "c", "reset")} | {"dy": dy}
     sums = result(blocks, lay.steps * lay.n // ROWS, ROWS)
     out = launch(

@@ -1,7 +1,6 @@
 """Forward kernels of the scan on Hopper, and what they share with the backward: see `gpu.py`."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +15,6 @@ CHANNELS = 128  # of a block: one a thread
 ROWS = 64  # of a sum over channels: the steps of a group times the states
 GROUPS = 8  # of steps in a piece
 SLOTS = 2  # pieces in shared memory; a power of two
-LOG2E = math.log2(math.e)
-# A reset is a step so long that every decay underflows to 0; rates between -TINY and 0 decay by
-# exactly 1 at any other step, so that raising them to -TINY changes nothing else.
-FOREVER, TINY = 1e30, 1e-27
 F32 = jnp.float32
 _SHARED = ("b", "c", "reset")  # by all channels
 _BY_CHANNEL = plgpu.Layout.WG_STRIDED((CHANNELS,), 1)
@@ -251,6 +246,44 @@ def passed_on(
     return jax.lax.fori_loop(0, n_spans, through, carry)
 
 
+def scan_from_zero(
+    body: Callable[[Refs, Layout], None],
+    name: str,
+    lay: Layout,
+    inputs: Mapping[str, Any],
+    a2: jax.Array,
+) -> dict[str, Any]:
+    """What each span but one adds and how long it is, by a kernel of its own.
+
+    Args:
+        body: writes `ends` and `totals`.
+        name: of the kernel.
+        lay: how arrays are cut.
+        inputs: what comes in pieces, `dt` `[B, L, D]` among it.
+        a2: decay rates times log2(e), `[N, D]`.
+
+    Returns:
+        `ends` `[B, spans - 1, N, D]` and `totals` `[B, spans - 1, D]`; neither for a single span.
+    """
+    if lay.spans == 1:
+        return {}
+    batch, length, width = inputs["dt"].shape
+    n_spans, work = lay.spans - 1, batch * length * width * lay.n
+    return launch(
+        lambda x: body(x, lay),
+        name,
+        (width // CHANNELS, n_spans, batch),
+        {**inputs, "a2": a2},
+        {
+            "ends": jax.ShapeDtypeStruct((batch, n_spans, lay.n, width), F32),
+            "totals": jax.ShapeDtypeStruct((batch, n_spans, width), F32),
+        },
+        slots(lay, inputs),
+        flops=4 * work,
+        exps=work,
+    )
+
+
 # --- forward
 
 
@@ -331,22 +364,8 @@ def forward(lay: Layout, save: bool, args: Mapping[str, Any]) -> dict[str, Any]:
     def result(*shape: int, dtype: Any = F32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
-    ends: dict[str, Any] = {}
-    if lay.spans > 1:
-        inputs = {k: args[k] for k in ("u", "dt", "b", "reset")}
-        ends = launch(
-            lambda x: _ends_kernel(x, lay),
-            "selective_scan_ends",
-            (blocks, lay.spans - 1, batch),
-            inputs | {"a2": args["a2"]},
-            {
-                "ends": result(lay.spans - 1, lay.n, width),
-                "totals": result(lay.spans - 1, width),
-            },
-            slots(lay, inputs),
-            flops=4 * work,
-            exps=work,
-        )
+    first = {k: args[k] for k in ("u", "dt", "b", "reset")}
+    ends = scan_from_zero(_ends_kernel, "selective_scan_ends", lay, first, args["a2"])
     inputs = {k: args[k] for k in ("u", "dt", "b", "c", "reset")}
     return launch(
         lambda x: _forward_kernel(x, lay),

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from slm_kernels.base2 import LOG2E
+from slm_kernels.scan.decay import FOREVER
 from slm_kernels.scan.tpu_forward import (
     F32,
-    FOREVER,
     LANES,
-    LOG2E,
     Layout,
     Steps,
     call,

@@ -10,16 +10,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from slm_kernels.pallas import interpret
+from slm_kernels.scan.decay import FOREVER, log2_rates
 
 LANES = 128
 UNROLL = 16  # steps; a multiple of the tile
 TILE = (
     8  # steps in a tile of HBM, of float32 and of bfloat16: XLA packs two of the latter in 32 bits
 )
-LOG2E = math.log2(math.e)
-# A reset is a step so long that every decay underflows to 0; rates between -TINY and 0 decay by
-# exactly 1 at any other step, so that raising them to -TINY changes nothing else.
-FOREVER, TINY = 1e30, 1e-27
 F32 = jnp.float32
 
 
@@ -237,9 +234,7 @@ def shared(
     lay: Layout, spec: Any, u: Any, dt: Any, a: Any, b: Any, c: Any, d: Any, reset: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs and scratch that both kernels have."""
-    a2 = a * LOG2E
-    if reset is not None:
-        a2 = jnp.where((a2 > -TINY) & (a2 <= 0), -TINY, a2)
+    a2 = log2_rates(a, resets=reset is not None)
     full = pltpu.VMEM((lay.n, lay.chunk, LANES), F32)
     inputs = {
         "u": (u, spec["steps"]),

@@ -1,9 +1,9 @@
 """Decays between any two steps of a chunk, exact however strong those before them are."""
 
-import math
-
 import jax
 import jax.numpy as jnp
+
+from slm_kernels.base2 import LOG2E
 
 # What passes a reset, in powers of two: 2^-256 is 0 in float32, and so is any smaller number.
 NOTHING = -256.0
@@ -21,7 +21,7 @@ def log2_decay(dt: jax.Array, a: jax.Array, reset: jax.Array | None) -> jax.Arra
     Returns:
         `[B, L, H]` float32.
     """
-    log = jnp.maximum(dt.astype(jnp.float32) * (a.astype(jnp.float32) * math.log2(math.e)), NOTHING)
+    log = jnp.maximum(dt.astype(jnp.float32) * (a.astype(jnp.float32) * LOG2E), NOTHING)
     return log if reset is None else jnp.where(reset[:, :, None], NOTHING, log)
 
 
