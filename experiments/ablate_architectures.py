@@ -34,7 +34,7 @@ from slm_jax.data import Corpus, DataConfig, bigram_loss, open_data
 from slm_jax.errors import UserError
 from slm_jax.models.lm import LMConfig
 from slm_jax.models.presets import dense, hybrid, mamba, moe, summary
-from slm_jax.parallel import MeshConfig
+from slm_jax.parallel import MeshConfig, distributed
 from slm_jax.train.experiment import Experiment, Result, run
 from slm_jax.train.loop import DivergedError, LoopConfig
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
@@ -241,16 +241,18 @@ def main(config: Ablation) -> None:
             highlight=False,
         )
     measured = [measure(config, name, model, corpus, console) for name, model in built.items()]
-    write_report(
-        config.out,
-        measured,
-        reference=measure_reference(config, measured, corpus, console),
-        bytes_per_token=corpus.bytes_per_token,
-        bigram=bigram,
-        console=console,
-        title=f"{corpus.name}: architectures at equal {config.match}",
-        command="python experiments/ablate_architectures.py",
-    )
+    reference = measure_reference(config, measured, corpus, console)
+    if distributed.is_first():
+        write_report(
+            config.out,
+            measured,
+            reference=reference,
+            bytes_per_token=corpus.bytes_per_token,
+            bigram=bigram,
+            console=console,
+            title=f"{corpus.name}: architectures at equal {config.match}",
+            command="python experiments/ablate_architectures.py",
+        )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from slm_jax import cli
 from slm_jax.data import Corpus, open_data
 from slm_jax.data.corrupt import corrupt
 from slm_jax.errors import UserError
+from slm_jax.parallel import distributed
 from slm_jax.scaling.compare import Comparison, compare_families
 from slm_jax.scaling.report import comparison_markdown, plot_levels, table
 from slm_jax.scaling.rows import Rows, admissible
@@ -141,7 +142,8 @@ def main(config: DataQuality) -> None:
         console.print(f"{name}: {corpus.n_train_tokens:,} training tokens", highlight=False)
         ladder = replace(config.ladder, out=config.out / name.replace(" ", "-"))
         found[name] = run_ladder(ladder, corpus, lambda line: console.print(line, highlight=False))
-    write_report(config, found, console)
+    if distributed.is_first():
+        write_report(config, found, console)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from slm_jax import cli
 from slm_jax.data import Corpus, open_data
 from slm_jax.errors import UserError
 from slm_jax.models.presets.family import FAMILIES
-from slm_jax.parallel import MeshConfig
+from slm_jax.parallel import MeshConfig, distributed
 from slm_jax.train.ladder import Row, run_ladder, save_rows
 from slm_jax.train.loop import DivergedError
 from slm_jax.train.plan import Ladder, plan
@@ -176,7 +176,8 @@ def main(config: IsoFLOPStudy) -> None:
         command=f"python experiments/isoflop_cpu.py --preset {config.preset} "
         f"--families {' '.join(config.families)}",
     )
-    write_report(config.out, trained, console)
+    if distributed.is_first():
+        write_report(config.out, trained, console)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from slm_jax.errors import UserError
 from slm_jax.models.lm import LMConfig
 from slm_jax.models.presets import dense, mamba
 from slm_jax.nn.parametrization import MuPConfig
-from slm_jax.parallel import MeshConfig
+from slm_jax.parallel import MeshConfig, distributed
 from slm_jax.train.coordinates import coordinate_changes
 from slm_jax.train.experiment import Experiment, run
 from slm_jax.train.loop import DivergedError, LoopConfig
@@ -259,16 +259,18 @@ def main(config: Transfer) -> None:
         for width in config.widths
         for parametrisation in ("standard", "muP")
     ]
-    write_report(
-        config.out,
-        curves,
-        check(config, corpus),
-        best_rate=best_rate,
-        base_width=config.base_width,
-        console=console,
-        title=f"{corpus.name}: best learning rate by width",
-        command="python experiments/mup_transfer.py",
-    )
+    checked = check(config, corpus)
+    if distributed.is_first():
+        write_report(
+            config.out,
+            curves,
+            checked,
+            best_rate=best_rate,
+            base_width=config.base_width,
+            console=console,
+            title=f"{corpus.name}: best learning rate by width",
+            command="python experiments/mup_transfer.py",
+        )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from slm_jax.cli.show import console as report_console
 from slm_jax.data.puzzles import PuzzleSplits, SudokuGenerated, open_puzzles
 from slm_jax.errors import UserError
 from slm_jax.models.trm import TRMConfig
-from slm_jax.parallel import MeshConfig
+from slm_jax.parallel import MeshConfig, distributed
 from slm_jax.train.loop import DivergedError, LoopConfig
 from slm_jax.train.metrics import read_metrics
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
@@ -241,15 +241,16 @@ def main(config: TRMSudoku) -> None:
     console = report_console()
     splits = open_puzzles(config.data)
     measured = [measure(config, name, splits, console) for name in config.arms]
-    write_report(
-        config.out,
-        measured,
-        claims=CLAIMS,
-        console=console,
-        title=f"{splits.train.name}: recursion and its ablations at equal training FLOPs",
-        command="python experiments/trm_sudoku.py",
-        n_test=len(splits.test),
-    )
+    if distributed.is_first():
+        write_report(
+            config.out,
+            measured,
+            claims=CLAIMS,
+            console=console,
+            title=f"{splits.train.name}: recursion and its ablations at equal training FLOPs",
+            command="python experiments/trm_sudoku.py",
+            n_test=len(splits.test),
+        )
 
 
 if __name__ == "__main__":
