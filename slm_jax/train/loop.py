@@ -182,7 +182,9 @@ def train(
                 batches.set_state(restored.data)  # type: ignore[attr-defined]
             jax.block_until_ready(state)
         chosen = frozenset(config.eval_steps)
-        log = MetricLog(folder, first_step=start, wandb=config.wandb, name=name)
+        log = MetricLog(
+            folder, first_step=start, evaluated=evaluated, wandb=config.wandb, name=name
+        )
         replicated = NamedSharding(mesh, P())
         runs_in_call = mesh.devices.flat[0].platform == "cpu"
         saved, bad_in_row, save_due = start, 0, False

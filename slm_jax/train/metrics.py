@@ -19,13 +19,21 @@ class MetricLog:
     """Writes one record a step to every sink; of several processes only process 0 does."""
 
     def __init__(
-        self, folder: Path, *, first_step: int, wandb: bool = False, name: str = ""
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        evaluated: bool = True,
+        wandb: bool = False,
+        name: str = "",
     ) -> None:
         """Opens the sinks.
 
         Args:
             folder: run folder.
             first_step: records of this step and later, left by a run that was killed, are dropped.
+            evaluated: whether the evaluation after the step before stands; if it is to be made
+                again, what an interrupted run has written of it is dropped.
             wandb: also log to Weights & Biases, which must be installed.
             name: name of the run there.
 
@@ -50,6 +58,8 @@ class MetricLog:
         path = folder / METRICS_FILE
         # Always written anew: a line torn by a kill must not be appended to.
         kept = [r for r in read_metrics(folder) if r["step"] < first_step]
+        if not evaluated:
+            kept = [r for r in kept if r["step"] < first_step - 1 or "loss" in r]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(temporary, path)

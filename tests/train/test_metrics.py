@@ -111,6 +111,16 @@ def test_resuming_drops_what_a_killed_run_left_behind(tmp_path: Path) -> None:
     assert [r["step"] for r in read_metrics(tmp_path)] == list(range(8))
 
 
+def test_an_evaluation_that_is_made_again_is_written_once(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(2))
+    for loss in (0.5, 0.25):  # the first was killed after it, before the next checkpoint
+        log = MetricLog(tmp_path, first_step=2, evaluated=False)
+        log.write(1, {"valid_loss": loss})
+        log.close()
+    got = [(r["step"], r.get("valid_loss")) for r in read_metrics(tmp_path)]
+    assert got == [(0, None), (1, None), (1, 0.25)]
+
+
 @pytest.mark.parametrize("keep", [0, 4])
 def test_a_torn_line_is_not_appended_to(tmp_path: Path, keep: int) -> None:
     """It may be the only one that the checkpoint does not cover."""
