@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from slm_jax.compress.quantise import path_name, quantise
 from slm_jax.compress.spec import QuantSpec, parse_spec
 from slm_jax.errors import UserError
-from slm_jax.models.files import check_free, sha256, whole_folder
+from slm_jax.models.files import check_free, read_json, sha256, whole_folder
 from slm_jax.nn.module import is_variable, named_leaves
 
 MANIFEST, WEIGHTS, TOKENIZER = "quantised.json", "model.safetensors", "tokenizer.json"
@@ -141,12 +141,7 @@ def _filled(shapes: Any, file: Any, folder: Path) -> Any:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     kinds = {"spec": str, "vocab": str, "keep": list, "model": dict, "sha256": dict}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the folder") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again") from error
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("version") != _VERSION:
         found = data.get("version") if isinstance(data, dict) else None
         raise UserError(f"{path} has version={found!r}, not {_VERSION}: quantise the model again")

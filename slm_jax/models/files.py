@@ -1,12 +1,13 @@
 """Files and folders that appear whole or not at all, and whether a place is free for them."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from slm_jax.errors import UserError
 
@@ -73,6 +74,20 @@ def check_free(folder: Path, *, marker: str, what: str, overwrite: bool) -> None
         raise UserError(f"out={folder} holds other things than {what}: choose another")
     if not overwrite:
         raise UserError(f"out={folder} holds {what}: choose another or set overwrite=True")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: if it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the folder") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): copy it again") from error
 
 
 def sha256(path: Path) -> str:

@@ -86,7 +86,7 @@ def make_folder(out: Path, config: dict[str, Any], *, overwrite: bool) -> None:
             _delete_run(out)
         if not file.exists():
             out.mkdir(parents=True, exist_ok=True)
-            _write_json(file, config)
+            write_json(file, config)
 
     distributed.on_first("run folder", make)
 
@@ -95,7 +95,7 @@ def write_result(out: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Puts the result of a finished run into its folder; returns what process 0 has put there."""
 
     def write() -> dict[str, Any]:
-        _write_json(out / RESULT_FILE, result)
+        write_json(out / RESULT_FILE, result)
         return result
 
     return distributed.on_first("result", write)
@@ -137,7 +137,8 @@ def _temporary(file: Path) -> Path:
     return file.with_suffix(".tmp")
 
 
-def _write_json(file: Path, data: dict[str, Any]) -> None:
+def write_json(file: Path, data: dict[str, Any]) -> None:
+    """Writes a file of a run folder, whole or not at all."""
     _temporary(file).write_text(json.dumps(data, indent=1) + "\n")
     _temporary(file).replace(file)
 

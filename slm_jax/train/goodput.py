@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_jax.parallel import distributed
+from slm_jax.train.folder import write_json
 
 GOODPUT_FILE = "goodput.json"
 PARTS = {
@@ -105,7 +106,7 @@ class Goodput:
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
             }
-            _write(self._folder / f"heartbeat-{distributed.index()}.json", beat)
+            write_json(self._folder / f"heartbeat-{distributed.index()}.json", beat)
             if distributed.is_first():
                 sums = {
                     "since": self._first,
@@ -114,7 +115,7 @@ class Goodput:
                     "steps": max(self._step + 1, self._begun_before),
                     "seconds": seconds,
                 }
-                _write(self._folder / GOODPUT_FILE, sums)
+                write_json(self._folder / GOODPUT_FILE, sums)
         return seconds
 
 
@@ -143,9 +144,3 @@ def _read(file: Path) -> dict[str, Any] | None:
         log.warning("%s cannot be read (%s): times are counted from now on", file, error)
         return None
     return data
-
-
-def _write(file: Path, data: dict[str, Any]) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data) + "\n")
-    temporary.replace(file)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from slm_jax.errors import UserError
-from slm_jax.models.files import check_free, whole_folder
+from slm_jax.models.files import check_free, read_json, whole_folder
 from slm_jax.models.hf.configs import config_from_hf, config_to_hf, family_of
 from slm_jax.models.hf.tensors import TensorMap, from_hf, tensor_map, to_hf
 from slm_jax.models.lm import LM
@@ -56,7 +56,7 @@ def load_hf(folder: str | Path, *, dtype: Literal["float32", "bfloat16"] | None 
             that are missing, left over, of another shape or not of a float type.
     """
     folder = Path(folder)
-    hf = _read_json(folder / CONFIG)
+    hf = _read_object(folder / CONFIG)
     config = config_from_hf(hf)
     if dtype is not None:
         config = replace(config, dtype=dtype)
@@ -111,13 +111,8 @@ def save_hf(
         _write_json(building / CONFIG, hf)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the folder") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    data = read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a JSON {type(data).__name__}, not an object: copy it again")
     return data
@@ -146,7 +141,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 def _listed(folder: Path) -> list[str]:
     """The files that an index names; UserError unless they are plain names in this folder."""
-    weights = _read_json(folder / INDEX).get("weight_map")
+    weights = _read_object(folder / INDEX).get("weight_map")
     names: list[Any] = list(weights.values()) if isinstance(weights, dict) else [weights]
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
