@@ -277,18 +277,7 @@ def _read(streams: Sequence[Stream], seq_len: int, rows: np.ndarray) -> Batch:
     """Reads rows int64 [B, 3] of (stream, first input, inputs before padding) as a batch."""
     which, first, lengths = rows.T
     padding = None if (lengths == seq_len).all() else lengths
-    if (which == which[0]).all():
-        return read_windows(streams[which[0]], first, seq_len, padding)
-    batch: Batch = {}
-    for stream in np.unique(which):
-        mine = which == stream
-        part = read_windows(
-            streams[stream], first[mine], seq_len, None if padding is None else padding[mine]
-        )
-        for name, array in part.items():
-            whole = batch.setdefault(name, np.empty((len(rows), seq_len), array.dtype))
-            whole[mine] = array
-    return batch
+    return read_windows(streams, which, first, seq_len, padding)
 
 
 def _check_seq_len(seq_len: int) -> None:

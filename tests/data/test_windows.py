@@ -9,6 +9,7 @@ from slm_jax.data import Stream, read_windows
 
 def stream_of(lengths: Sequence[int]) -> Stream:
     tokens = np.random.default_rng(sum(lengths)).integers(0, 1000, sum(lengths)).astype(np.uint16)
+    tokens[-1] = 7  # the end of text, of all streams
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
     return Stream("made", tokens, starts, 1, "")
 
@@ -45,14 +46,15 @@ def slow_row(stream: Stream, first: int, seq_len: int, length: int) -> list[tupl
 def test_against_a_slow_reader(
     lengths: list[int], rows: list[tuple[int, int]], seq_len: int, padded: bool
 ) -> None:
-    stream = stream_of(lengths)
-    first = np.array([row[0] % len(stream.tokens) for row in rows])
+    streams = [stream_of(lengths), stream_of(lengths[::-1])]
+    which = np.array([(row[0] + row[1]) % 2 for row in rows])
+    first = np.array([row[0] % sum(lengths) for row in rows])
     length = np.array([min(row[1], seq_len) if padded else seq_len for row in rows])
-    batch = read_windows(stream, first, seq_len, length if padded else None)
+    batch = read_windows(streams, which, first, seq_len, length if padded else None)
     names = ("tokens", "targets", "segments", "positions", "weights")
     for b in range(len(rows)):
         got = list(zip(*(batch[name][b].tolist() for name in names), strict=True))
-        assert got == slow_row(stream, int(first[b]), seq_len, int(length[b]))
+        assert got == slow_row(streams[which[b]], int(first[b]), seq_len, int(length[b]))
     assert {name: array.dtype.name for name, array in batch.items()} == {
         **dict.fromkeys(names[:-1], "int32"),
         "weights": "float32",
@@ -63,7 +65,7 @@ def test_one_row_by_hand() -> None:
     # Documents "ab.", "c.", "def." with "." the end of text, read from "b".
     tokens = np.frombuffer(b"ab.c.def.", np.uint8).astype(np.uint16)
     stream = Stream("made", tokens, np.array([0, 3, 5]), 6, "")
-    batch = read_windows(stream, np.array([1]), 6)
+    batch = read_windows([stream], np.array([0]), np.array([1]), 6)
     assert bytes(batch["tokens"][0].tolist()) == b"b.c.de"
     assert bytes(batch["targets"][0].tolist()) == b".c.def"
     assert batch["segments"][0].tolist() == [1, 1, 2, 2, 3, 3]
