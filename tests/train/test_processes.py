@@ -249,12 +249,13 @@ def test_lost_process_ends_the_job(
 
 
 @pytest.mark.slow
-def test_stalled_input_ends_the_job(start_job: StartJob) -> None:
+def test_stalled_input_ends_the_job(start_job: StartJob, tmp_path: Path) -> None:
     limit = 20
     job = start_job("run", 2, 1, mesh={"fsdp": 2}, fault="stall", hang_limit=limit)
-    (first, after), (second, also_after) = job.ends()
-    assert (first, second) == (43, 43), job.text()
-    assert max(after, also_after) < 5
+    codes = [code for code, _ in job.ends()]
+    seconds = time.time() - (tmp_path / "run.stalled").stat().st_mtime
+    assert codes == [43, 43], job.text()
+    assert limit < seconds < limit + 5
     said = job.logs[1].read_text()
     assert f"step 3 is not done after {limit} s" in said
     assert "in __next__" in said  # the stack shows where
