@@ -71,12 +71,15 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """What the driver calls the devices of the mesh in use, or of the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.device_kind
+
+
 def on_hopper() -> bool:
     """Whether the mesh in use, or the default backend, is made of Hopper GPUs (H100, H200, ...)."""
-    if platform() != "gpu":
-        return False
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return any(name in device.device_kind for name in _HOPPER)
+    return platform() == "gpu" and any(name in device_kind() for name in _HOPPER)
 
 
 def spec_of(array: jax.Array) -> P:

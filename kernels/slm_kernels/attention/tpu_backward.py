@@ -8,7 +8,8 @@ and delta, is then a row that broadcasts for free.
     q, do  [group, q, head_dim]      k, v, dk, dv  [kv, head_dim]      lse, delta  [group, q]
     dq     [group, queries of a chunk, head_dim] float32, on chip until its chunk is done
 
-A chunk is as many queries as fit on the chip; every chunk gives a part of dk and dv.
+A chunk is as many queries as fit on the chip, where its dq is twice and takes a third of what a
+kernel may take; every chunk gives a part of dk and dv.
 """
 
 import functools
@@ -22,7 +23,6 @@ from jax.experimental.pallas import tpu as pltpu
 from slm_kernels.attention.tpu_tiles import (
     HIDDEN,
     LANES,
-    VMEM_LIMIT,
     Tiling,
     column,
     dot,
@@ -31,12 +31,10 @@ from slm_kernels.attention.tpu_tiles import (
     pad,
     round_up,
     shape_like,
+    vmem_limit,
 )
 from slm_kernels.base2 import LOG2E
 from slm_kernels.pallas import interpret
-
-# Of the queries' gradient in one chunk; on the chip it is there twice.
-CHUNK_BYTES = 8 * 2**20
 
 
 def backward(
@@ -69,7 +67,7 @@ def backward(
     batch, n_kv_heads, group, length, head_dim = q.shape
     row_bytes = 4 * group * round_up(head_dim, LANES)
     n_q, n_kv = length // t.q, k.shape[2] // t.kv
-    chunks = min(n_q, -(-length * row_bytes // CHUNK_BYTES))
+    chunks = min(n_q, -(-length * row_bytes // (vmem_limit() // 6)))
     chunk_q = -(-n_q // chunks)
     chunks = -(-n_q // chunk_q)
     whole = chunks * chunk_q * t.q
@@ -135,7 +133,7 @@ def backward(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT,
+            vmem_limit_bytes=vmem_limit(),
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * pairs * head_dim, transcendentals=pairs, bytes_accessed=moved

@@ -22,13 +22,13 @@ from jax.experimental.pallas import tpu as pltpu
 from slm_kernels.attention.tpu_tiles import (
     HIDDEN,
     LANES,
-    VMEM_LIMIT,
     Tiling,
     column,
     dot,
     each_tile,
     lanes,
     shape_like,
+    vmem_limit,
 )
 from slm_kernels.pallas import interpret
 
@@ -103,7 +103,7 @@ def forward(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT,
+            vmem_limit_bytes=vmem_limit(),
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * pairs * head_dim, transcendentals=pairs, bytes_accessed=moved

@@ -19,12 +19,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from slm_kernels.base2 import LOG2E
+from slm_kernels.dispatch import device_kind
 
 LANES = 128
 # Finite, so that a row that has seen nothing yet stays free of NaN.
 HIDDEN = -1e30
-# More than a kernel's default share; every chip of v5e and later has at least 64 MiB.
-VMEM_LIMIT = 48 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +212,14 @@ def each_tile(
     else:
         pl.when(inner)(lambda: tiles(False))
         pl.when(jnp.logical_not(inner))(lambda: tiles(True))
+
+
+def vmem_limit() -> int:
+    """Bytes that a kernel may take on the chip: above its default share where there is more.
+
+    A core of v4 has 16 MiB, one of v5e and later has at least 64.
+    """
+    return (16 if device_kind() == "TPU v4" else 48) * 2**20
 
 
 def log2(power: int) -> int:

@@ -37,7 +37,6 @@ from jax.experimental.pallas import tpu as pltpu
 from slm_kernels.attention.tpu_tiles import (
     HIDDEN,
     LANES,
-    VMEM_LIMIT,
     dot,
     lanes,
     log2,
@@ -45,6 +44,7 @@ from slm_kernels.attention.tpu_tiles import (
     round_up,
     shape_like,
     varying,
+    vmem_limit,
 )
 from slm_kernels.base2 import LOG2E
 from slm_kernels.pallas import interpret
@@ -276,7 +276,7 @@ def _call(
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * pairs * head_dim,

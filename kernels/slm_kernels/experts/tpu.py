@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from slm_kernels.attention.tpu_tiles import LANES, VMEM_LIMIT, shape_like, varying
+from slm_kernels.attention.tpu_tiles import LANES, shape_like, varying, vmem_limit
 from slm_kernels.experts.xla import grouped_matmul_xla
 from slm_kernels.pallas import interpret
 
@@ -87,7 +87,7 @@ def _grouped(dtype: jnp.dtype, x: Any, w: Any, group_sizes: Any, w_scale: Any) -
             out_specs=pl.BlockSpec((tm, bn), lambda n, i, t: (at(t, i)[0], n)),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * inner * columns,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from slm_kernels.attention.tpu_tiles import LANES, VMEM_LIMIT, shape_like, varying
+from slm_kernels.attention.tpu_tiles import LANES, shape_like, varying, vmem_limit
 from slm_kernels.pallas import interpret
 
 _ROWS = 512
@@ -96,7 +96,7 @@ def _product(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_LIMIT,
+            vmem_limit_bytes=vmem_limit(),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * inner * columns,
