@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slm_kernels import attention as package
+from slm_kernels.aot.compile import pallas_calls
 from slm_kernels.attention import attention
 from slm_kernels.attention.cudnn import attention_cudnn
 from slm_kernels.attention.gpu import attention_gpu
@@ -185,6 +186,16 @@ def test_default_on_gpus(
             partial(attention, q_positions=index, kv_positions=index, in_order=True), x, x, x
         )
     assert ran == [chosen]
+
+
+def test_a_plan_finds_the_calls_of_the_kernel() -> None:
+    x = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
+    index = np.arange(128)[None]
+    call = partial(attention, q_positions=index, kv_positions=index, in_order=True)
+    with jax.sharding.use_abstract_mesh(gpu("NVIDIA H100 80GB HBM3")):
+        (found,) = pallas_calls(jax.make_jaxpr(call)(x, x, x).jaxpr)
+    assert (found.name, found.runs) == ("attention_forward", 1)
+    assert found.flops > 0
 
 
 def test_errors_name_what_does_not_fit() -> None:

@@ -140,11 +140,12 @@ def _why(stderr: str) -> str:
 
 
 def _pallas_equations(jaxpr: Any, runs: int = 1) -> Iterator[tuple[Any, int]]:
-    """Every `pallas_call` in a jaxpr, nested ones too, with how often scans run it."""
+    """Every Pallas call in a jaxpr, nested ones too, with how often scans run it."""
     from jax.extend.core import jaxprs_in_params
 
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
+        # The second is what the kernels for Hopper (`plgpu.kernel`) are traced to.
+        if equation.primitive.name in ("pallas_call", "mpmd_map"):
             yield equation, runs
             continue
         inside = runs * equation.params["length"] if equation.primitive.name == "scan" else runs
