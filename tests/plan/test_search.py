@@ -16,7 +16,7 @@ from slm_jax.parallel import MeshConfig, make_mesh
 from slm_jax.plan import Compiled, compile_run
 from slm_jax.plan.memory import least_bytes
 from slm_jax.plan.program import Run
-from slm_jax.plan.search import candidates, describe, search, seconds_of
+from slm_jax.plan.search import Found, candidates, describe, search, seconds_of
 from slm_jax.slices import Slice, find_slice
 from slm_jax.train.experiment import Experiment, step_inputs
 from slm_jax.train.step import lower_step
@@ -58,7 +58,7 @@ def limited(compiled: Compiled, where: Slice) -> Compiled:
 
 def agrees_with_measuring(
     run: Experiment, on: Slice, compile_one: Callable[[Run], Compiled]
-) -> None:
+) -> Found:
     bytes_of = {r: compile_one(r).device_bytes for r in candidates(run, on) if r.mesh.tensor < 4}
     for r, n in bytes_of.items():
         assert least_bytes(r, on.devices) <= n, describe(r, on)
@@ -75,17 +75,18 @@ def agrees_with_measuring(
     assert fitting == {r for r, n in bytes_of.items() if n <= where.hbm}
     too_large = {plan.run for plan in found.too_large}
     assert too_large | set(found.pruned) == set(bytes_of) - fitting
-    assert found.pruned
     assert not found.untried
     seconds = [seconds_of(plan) for plan in found.fitting]
     assert seconds == sorted(seconds)
     # Two key-value heads are not split over four devices.
     assert {r.mesh.tensor for r, _ in found.refused} == ({4} if on.devices == 4 else set())
+    return found
 
 
 @pytest.mark.slow
 def test_a_search_finds_what_measuring_all_finds() -> None:
-    agrees_with_measuring(replace(RUN, batch_size=2), H100_2, measured)
+    # What is left out unmeasured is surely too large; a TPU's program outweighs so small a model.
+    assert agrees_with_measuring(replace(RUN, batch_size=2), H100_2, measured).pruned
 
 
 @pytest.mark.slow
