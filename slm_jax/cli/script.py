@@ -12,12 +12,10 @@ import tyro
 
 from slm_jax.cli.host import keep_freed_memory
 from slm_jax.errors import UserError
-
-DIVERGED = 44
-"""Exit code of a run whose loss is no longer finite, for a launcher that must not repeat it."""
+from slm_jax.exit_codes import DIVERGED, MISTAKE, PREEMPTED
 
 # Exit codes by which all processes of a job end at the same step, of themselves.
-_ALL_AT_ONCE = (0, 42, DIVERGED)
+_ALL_AT_ONCE = (0, PREEMPTED, DIVERGED)
 
 
 def run[T](
@@ -41,8 +39,7 @@ def run[T](
         args: words after the program's name; default those of the process.
 
     Returns:
-        The exit code: 0, 2 on a `UserError` (printed as one line), 42 on a `PreemptedError`, 44 on
-        a `DivergedError`. With
+        The exit code: 0, or one of `exit_codes`; a `UserError` is printed as one line. With
         several processes an error ends this one here and now, and the others with it.
     """
     keep_freed_memory()
@@ -148,7 +145,7 @@ def _explain(error: BaseException, who: str = "") -> int | None:
         # Late: who gets here may not have needed the trainer, and it is slow to import.
         from slm_jax.train.loop import DivergedError
 
-        return DIVERGED if isinstance(error, DivergedError) else 2
+        return DIVERGED if isinstance(error, DivergedError) else MISTAKE
     return None
 
 

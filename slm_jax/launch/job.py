@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from slm_jax.errors import UserError
+from slm_jax.exit_codes import DIVERGED, MISTAKE
 from slm_jax.slices import Slice, process_environment
 
-FINAL = (2, 44)
-"""Exit codes of `slm` after which a run is not started again: a mistake of the user's, a run that
-diverged. Others may pass: 42 preempted and saved, 43 hung, 134 another process was lost."""
+FINAL = (MISTAKE, DIVERGED)
+"""Exit codes of `slm` after which a run is not started again; others may pass."""
 
 
 @dataclass(frozen=True)

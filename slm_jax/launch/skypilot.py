@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from slm_jax.errors import UserError
+from slm_jax.exit_codes import HANGING, PREEMPTED
 from slm_jax.launch.job import Job
 
 # SkyPilot's variables, as slm_jax.parallel reads them: one process a node has all of its GPUs.
@@ -23,7 +24,7 @@ def render(job: Job) -> str:
 
 
 def task(job: Job) -> dict[str, Any]:
-    """The task as SkyPilot reads it. Exit codes other than 42 and 43 end it.
+    """The task as SkyPilot reads it. Exit codes other than `PREEMPTED` and `HANGING` end it.
 
     Raises:
         UserError: if SkyPilot has no such chips.
@@ -43,7 +44,10 @@ def task(job: Job) -> dict[str, Any]:
         resources["image_id"] = f"docker:{job.image}"
     resources |= {
         "use_spot": job.spot,
-        "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [42, 43]},
+        "job_recovery": {
+            "max_restarts_on_errors": 0,
+            "recover_on_exit_codes": [PREEMPTED, HANGING],
+        },
     }
     many = where.platform == "gpu" and where.hosts > 1
     out: dict[str, Any] = {"name": job.name, "resources": resources}

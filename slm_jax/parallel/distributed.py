@@ -21,11 +21,9 @@ import jax
 from jax._src import distributed as jax_distributed
 
 from slm_jax.errors import UserError
+from slm_jax.exit_codes import LOST
 from slm_jax.parallel.launcher import find_launch, heartbeat_seconds, wait_seconds
 from slm_jax.parallel.roll_call import numbers, roll_call
-
-LOST = 134
-"""Exit code when another process is gone: that of jax's own abort, on which launchers restart."""
 
 _SHUTDOWN_SECONDS = 30
 _ANSWER_SECONDS = 3.0  # for a sign of life after an error

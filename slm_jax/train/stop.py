@@ -10,14 +10,12 @@ from typing import Any, Self
 
 from jax.experimental import multihost_utils
 
+from slm_jax.exit_codes import PREEMPTED
 from slm_jax.parallel import distributed
-
-PREEMPTED = 42
-"""Exit code of a run that was told to stop and has saved: the same command goes on with it."""
 
 
 class PreemptedError(SystemExit):
-    """A run was told to stop and has saved. Ends the program with 42 unless it is caught."""
+    """A run was told to stop and has saved. Ends the program unless it is caught."""
 
     def __init__(self) -> None:
         super().__init__(PREEMPTED)

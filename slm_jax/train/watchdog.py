@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
+from slm_jax.exit_codes import HANGING
 from slm_jax.parallel import distributed
-
-HANGING = 43
-"""Exit code of a run that hung: the same command goes on from its newest checkpoint."""
 
 
 class Watchdog:

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from slm_jax import cli
-from slm_jax.cli.script import DIVERGED
 from slm_jax.errors import UserError
+from slm_jax.exit_codes import DIVERGED, MISTAKE
 from slm_jax.launch import LAUNCHERS, Job, render, submit
 from slm_jax.launch.gke import manifest
 from slm_jax.launch.job import FINAL
@@ -85,7 +85,7 @@ def test_a_jobset_asks_for_every_chip_of_a_slice(name: str) -> None:
     assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
     assert rule["onExitCodes"]["containerName"] == container["name"]
     codes = rule["onExitCodes"]["values"]
-    assert {2, DIVERGED} == set(codes) == set(FINAL)
+    assert {MISTAKE, DIVERGED} == set(codes) == set(FINAL)
     policy = read["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 100
     assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from slm_jax.exit_codes import LOST
 from slm_jax.parallel import MeshConfig, make_mesh
-from slm_jax.parallel.distributed import LOST
 from slm_jax.train import experiment, trm_experiment
 from slm_jax.train.metrics import read_metrics
 from tests.train import process_worker, tiny

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+from slm_jax.exit_codes import PREEMPTED
 from slm_jax.train.checkpoint import CHECKPOINTS_FOLDER
 from slm_jax.train.experiment import load_model
 from slm_jax.train.goodput import GOODPUT_FILE
 from slm_jax.train.metrics import METRICS_FILE, read_metrics
-from slm_jax.train.stop import PREEMPTED
 from tests.train import tiny
 from tests.train.crash_worker import STEPS
 

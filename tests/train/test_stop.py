@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from slm_jax.exit_codes import HANGING, PREEMPTED
 from slm_jax.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
 from slm_jax.train.metrics import read_metrics
-from slm_jax.train.stop import PREEMPTED, PreemptedError, StopSignals
-from slm_jax.train.watchdog import HANGING, Watchdog
+from slm_jax.train.stop import PreemptedError, StopSignals
+from slm_jax.train.watchdog import Watchdog
 from tests.train.recorder import Recorder
 
 
