@@ -65,7 +65,7 @@ def default_run(name: str, where: Slice | None) -> Run:
     run: Run = Experiment(model=found) if isinstance(found, LMConfig) else found
     if where is None:
         return run
-    return apply_choices(run, choices_of(where, name, defaults=isinstance(found, LMConfig)))
+    return apply_choices(run, where, choices_of(where, name, defaults=isinstance(found, LMConfig)))
 
 
 def read_run(

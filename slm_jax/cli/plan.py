@@ -213,8 +213,9 @@ def _slice_text(plan: Plan) -> str:
     where, run = plan.where, plan.run
     axes = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
     micro = f" in {run.accumulate} microbatches" if run.accumulate > 1 else ""
+    shape = where.shape if where.slices == 1 else f"{where.slices} slices of {where.shape}"
     return (
-        f"{where.name} ({where.chips:,} chips, {where.shape}), mesh {axes}: "
+        f"{where.name} ({where.chips:,} chips, {shape}), mesh {axes}: "
         f"{_rows(run)} a step{micro}, {run.model.dtype}, remat {run.model.remat}"
     )
 

@@ -1,4 +1,4 @@
-"""A JobSet for GKE: one job of as many pods as the slice has hosts, all or none.
+"""A JobSet for GKE: for each slice a job of as many pods as it has hosts, all or none.
 
 Fields: https://jobset.sigs.k8s.io, "Plan TPUs in GKE" and "Deploy TPU workloads" of Google Cloud.
 """
@@ -58,8 +58,8 @@ def manifest(job: Job) -> dict[str, Any]:
     }
     final = {"containerName": _CONTAINER, "operator": "In", "values": list(FINAL)}
     one = {
-        "parallelism": where.hosts,
-        "completions": where.hosts,
+        "parallelism": where.hosts // where.slices,
+        "completions": where.hosts // where.slices,
         "completionMode": "Indexed",
         "backoffLimit": 0,  # one pod that fails fails all
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": final}]},
@@ -81,7 +81,9 @@ def manifest(job: Job) -> dict[str, Any]:
         },
         "spec": {
             "failurePolicy": {"maxRestarts": job.restarts, "rules": [give_up]},
-            "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": one}}],
+            "replicatedJobs": [
+                {"name": "slice", "replicas": where.slices, "template": {"spec": one}}
+            ],
         },
     }
 
@@ -96,7 +98,7 @@ def _xpk(job: Job) -> str:
     words += [f"--zone={job.zone}"] if job.zone is not None else []
     words += [
         f"--tpu-type={cloud.accelerator_type.format(job.where.number)}",
-        "--num-slices=1",
+        f"--num-slices={job.where.slices}",
         f"--docker-image={job.image}",
         f"--max-restarts={job.restarts}",
         "--restart-on-exit-codes=43",

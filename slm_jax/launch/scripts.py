@@ -19,6 +19,8 @@ def queued_resources(job: Job) -> str:
     cloud, where = job.where.kind.cloud, job.where
     if cloud.runtime is None or cloud.accelerator_type is None:
         raise UserError(f"on={where.name!r} is to be had by GKE only: choose --with gke")
+    if where.slices > 1:
+        raise UserError(f"on={where.name!r} is {where.slices} slices: choose --with gke")
     place = "".join(
         f" --{n}={shlex.quote(v)}" for n, v in (("project", job.project), ("zone", job.zone)) if v
     )

@@ -34,6 +34,8 @@ def task(job: Job) -> dict[str, Any]:
     if where.platform == "tpu":
         if cloud.runtime is None or cloud.accelerator_type is None:
             raise UserError(f"on={where.name!r} is to be had by GKE only: choose --with gke")
+        if where.slices > 1:
+            raise UserError(f"on={where.name!r} is {where.slices} slices: choose --with gke")
         resources = {
             "accelerators": f"tpu-{cloud.accelerator_type.format(where.number)}",
             "accelerator_args": {"runtime_version": cloud.runtime},

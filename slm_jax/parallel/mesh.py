@@ -66,15 +66,31 @@ def make_mesh(
 
     Every axis is Explicit, so array types carry their sharding and an ambiguous operation is an
     error instead of a guess. A single device is the mesh of size one: there is one code path.
+    Several slices of TPUs are joined by the data centre's network, far slower than their own links:
+    only `data` goes over it, one reduction of the gradients a step.
 
     Raises:
-        UserError: if the sizes in `config` do not multiply to the number of devices.
+        UserError: if the sizes in `config` do not multiply to the number of devices, or `data` does
+            not divide among the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = (config or MeshConfig()).resolve(len(devices))
-    grid = (
-        mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        if len(devices) > 1
-        else np.array(devices).reshape(sizes)
-    )
+    # Nodes of GPUs have numbers too, but a network that every axis can use.
+    numbers = (getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu")
+    slices = set(numbers) or {0}
+    if sizes[0] % len(slices):
+        raise UserError(
+            f"mesh.data={sizes[0]}: {len(slices)} slices of TPUs are joined by a slow network, "
+            f"which only replicas can stand: choose a multiple of {len(slices)}"
+        )
+    if len(devices) == 1:
+        grid = np.array(devices).reshape(sizes)
+    elif len(slices) == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        inside = (sizes[0] // len(slices), *sizes[1:])
+        across = (len(slices), 1, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices, allow_split_physical_axes=True
+        )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 
 from slm_kernels.aot.simulate import read_computations, trips
 
+_OF_SLICES = " of slices"
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _OPERATION = re.compile(
     rf"= (?P<type>.*?) (?:ragged-)?(?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\("
+)
+# What libtpu makes of a collective that leaves the slice: hosts pass it on.
+_LEAVING = re.compile(
+    r"= \((?P<type>[^()]*\{.*?\}), .*? send\(.*_xla_megascale_target=\"\{(?P<slices>[\d,]+)\}.*"
+    r"_xla_megascale_transfer_type=\"(?P<kind>\w+)\""
 )
 _ARRAY = re.compile(r"\b([a-z]+)(\d+)?[a-z0-9]*\[([\d,]*)\]")
 
@@ -19,12 +25,13 @@ class Collective:
     """Collectives of one kind, size and group in one run of a program.
 
     Attributes:
-        kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `collective-permute`.
+        kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all` or `collective-permute`;
+            with ` of slices` what goes over the network between slices of TPUs.
         count: how many are run.
         bytes: of the whole array on one device, of all of them: what an all-gather gives and a
             reduce-scatter takes.
         sent: that one device has to send at least, of all of them.
-        group: devices that take part.
+        group: devices that take part; slices, of those between them.
     """
 
     kind: str
@@ -32,6 +39,11 @@ class Collective:
     bytes: int
     sent: float
     group: int
+
+    @property
+    def leaves_slice(self) -> bool:
+        """Whether it goes over the network between slices, not over the links of chips."""
+        return self.kind.endswith(_OF_SLICES)
 
 
 def read_collectives(hlo: str, n_devices: int) -> list[Collective]:
@@ -66,7 +78,7 @@ def _sent(kind: str, size: int, group: int) -> float:
     """Bytes that a device has to send: all but its own part, twice in an all-reduce."""
     if kind == "collective-permute":
         return float(size)
-    return size * (group - 1) / group * (2 if kind == "all-reduce" else 1)
+    return size * (group - 1) / group * (2 if kind.startswith("all-reduce") else 1)
 
 
 def _walk(
@@ -98,6 +110,11 @@ def _inside(
         for inner in re.findall(r"calls=%?([\w.\-]+)", line):
             for other in computations.get(inner, ()):
                 yield from _inside(inner, other, computations, n_devices)
+        return
+    if leaving := _LEAVING.search(line):
+        size = sum(_nbytes(*array) for array in _ARRAY.findall(leaving["type"])[:1])
+        kind = leaving["kind"].lower().replace("_", "-") + _OF_SLICES
+        yield kind, size, leaving["slices"].count(",") + 1, None
         return
     found = _OPERATION.search(line)
     if found is None:

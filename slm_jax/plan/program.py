@@ -38,7 +38,9 @@ Run = Experiment | TRMExperiment
 _RUNS: dict[str, Any] = {"Experiment": Experiment, "TRMExperiment": TRMExperiment}
 _TIMEOUT = 3600  # seconds a compilation may take
 # What of slm_jax decides what is compiled and what is read off it.
-_SOURCES = ("models", "nn", "parallel", "train", "plan/program.py", "plan/collectives.py")
+_SOURCES = (
+    "models", "nn", "parallel", "compress", "train", "plan/program.py", "plan/collectives.py"
+)  # fmt: skip
 _KEPT = Path(".cache/plan")
 
 
@@ -106,6 +108,7 @@ def compile_run(run: Run, where: Slice, *, kept: Path | None = _KEPT) -> Compile
     request = {
         "run": to_json(run) | same,
         "topology": where.topology,
+        "slices": where.slices,
         "chip_config": where.kind.chip_config,
         "flags": flags,
     }
@@ -199,7 +202,7 @@ def refusal_bytes(message: str) -> int | None:
     return None if told is None else round(float(told[1]) * 1024 ** (" KMGT".index(told[2])))
 
 
-def _describe(topology: str, chip_config: str | None) -> Sequence[Any]:
+def _describe(topology: str, slices: int, chip_config: str | None) -> Sequence[Any]:
     """Devices that are not there."""
     from jax.experimental import topologies
 
@@ -207,18 +210,20 @@ def _describe(topology: str, chip_config: str | None) -> Sequence[Any]:
     if kind in GPUS:
         _, nodes, number = map(int, shape.split("x"))
         return describe_gpus(kind, number, nodes)
-    config = {} if chip_config is None else {"chip_config_name": chip_config}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **config).devices
+    config: dict[str, Any] = {} if chip_config is None else {"chip_config_name": chip_config}
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, num_slices=slices, **config
+    ).devices
 
 
-def _compile(run: Run, topology: str, chip_config: str | None) -> dict[str, Any]:
+def _compile(run: Run, topology: str, slices: int, chip_config: str | None) -> dict[str, Any]:
     """Runs in the child: the fields of `Compiled`."""
     import jax
 
     from slm_jax.parallel import make_mesh
     from slm_jax.train.step import lower_step
 
-    mesh = make_mesh(run.mesh, _describe(topology, chip_config))
+    mesh = make_mesh(run.mesh, _describe(topology, slices, chip_config))
     start = time.perf_counter()
     if isinstance(run, Experiment):
         step, batch = experiment.step_inputs(run)
@@ -287,7 +292,7 @@ def main(given: str, out: str) -> None:
     kind: Any = _RUNS[request["run"]["type"]]
     try:
         run = from_json(kind, request["run"])
-        answer = _compile(run, request["topology"], request["chip_config"])
+        answer = _compile(run, *(request[k] for k in ("topology", "slices", "chip_config")))
     except UserError as e:
         answer = {"error": str(e)}
     except Exception as e:

@@ -45,14 +45,16 @@ class Plan:
         """Seconds below which no program can be, by what bounds it.
 
         Memory: arguments are read, new values written, temporaries written and read, once. Passes
-        over the same array are not counted, so this one is loose.
+        over the same array are not counted, so this one is loose. Nor is the network between
+        slices, whose speed is not known here.
         """
         c, device = self.compiled, self.where.device
         arguments = sum(c.arguments.values())
         return {
             "matrix units": self.flops / self.where.devices / device.flops,
             "memory": (2 * arguments + 2 * c.temporary_bytes) / device.bandwidth,
-            "interconnect": sum(x.sent for x in c.collectives) / self.where.interconnect,
+            "interconnect": sum(x.sent for x in c.collectives if not x.leaves_slice)
+            / self.where.interconnect,
         }
 
     @property

@@ -26,11 +26,16 @@ def choices_of(where: Slice, preset: str, *, defaults: bool) -> Choices:
     return where.kind.experiments.get(preset, fallback)
 
 
-def apply_choices[T](run: T, choices: Choices) -> T:
-    """`run`, a configuration with `mesh` and `model.remat`, with the mesh and remat chosen."""
+def apply_choices[T](run: T, where: Slice, choices: Choices) -> T:
+    """`run`, a configuration with `mesh` and `model.remat`, with the mesh and remat chosen.
+
+    Several slices are as many times the replicas.
+    """
     given: Any = run
-    if choices.mesh is not None:
-        given = replace(given, mesh=choices.mesh)
+    mesh = choices.mesh or given.mesh
+    if mesh.data != -1:
+        mesh = replace(mesh, data=mesh.data * where.slices)
+    given = replace(given, mesh=mesh)
     if choices.remat is not None:
         given = replace(given, model=replace(given.model, remat=choices.remat))
     return given

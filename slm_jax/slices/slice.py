@@ -13,19 +13,21 @@ from slm_jax.slices.read import read_kinds
 
 @dataclass(frozen=True)
 class Slice:
-    """A kind of chip in one size.
+    """A kind of chip in one size, or several such slices joined by the data centre's network.
 
     Attributes:
-        name: as in `tpu-v5e-256`, `h100-8`, `cpu-8`.
+        name: as in `tpu-v5e-256`, `h100-8`, `cpu-8`; `tpu-v5e-256x2` is two slices.
         chip: name of its file; key of `slm_kernels.aot.CHIPS` or `GPUS`.
         kind: what its file says.
         size: of its file.
+        slices: how many there are; more than one of TPUs only.
     """
 
     name: str
     chip: str
     kind: Kind
     size: Size
+    slices: int = 1
 
     @property
     def platform(self) -> str:
@@ -34,22 +36,23 @@ class Slice:
 
     @property
     def number(self) -> int:
-        """The number in its name."""
-        return self.chips * self.kind.named_per_chip
+        """The number in its name, of one slice."""
+        return self.chips // self.slices * self.kind.named_per_chip
 
     @property
     def chips(self) -> int:
-        """Chips; of a CPU, the devices that it is to look like."""
-        return math.prod(self.size.shape)
+        """Chips of all slices; of a CPU, the devices that it is to look like."""
+        return math.prod(self.size.shape) * self.slices
 
     @property
     def chips_per_host(self) -> int:
         """Chips that a host has, not more than there are."""
-        return min(self.size.chips_per_host or self.kind.chips_per_host, self.chips)
+        most = self.size.chips_per_host or self.kind.chips_per_host
+        return min(most, self.chips // self.slices)
 
     @property
     def hosts(self) -> int:
-        """Machines."""
+        """Machines of all slices."""
         return self.chips // self.chips_per_host
 
     @property
@@ -64,7 +67,7 @@ class Slice:
 
     @property
     def shape(self) -> str:
-        """Chips along each axis, as in `16x16`."""
+        """Chips along each axis of a slice, as in `16x16`."""
         return "x".join(map(str, self.size.shape))
 
     @property
@@ -131,21 +134,31 @@ def _name(stem: str, kind: Kind, chips: int) -> str:
 def find_slice(name: str) -> Slice:
     """What is called `name`: `tpu-v5e-256`, `h100-8`, `cpu-8`.
 
-    Of v4, v5p and tpu7x the number counts TensorCores, two a chip, as Google's names do.
+    Of v4, v5p and tpu7x the number counts TensorCores, two a chip, as Google's names do. Several
+    slices of TPUs are `tpu-v5e-256x2`.
 
     Raises:
         UserError: if there is none.
     """
     prefix, _, number = name.lower().removeprefix("tpu-").rpartition("-")
+    number, _, count = number.partition("x")
     kind = read_kinds().get(prefix)
     if kind is None or name.lower().startswith("tpu-") != (kind.platform == "tpu"):
         known = [_name(stem, k, 0)[:-1] + "N" for stem, k in read_kinds().items()]
         raise UserError(f"on={name!r} does not exist: choose from {', '.join(known)}")
     for chips, size in kind.sizes.items():
         if number == str(chips * kind.named_per_chip):
-            return Slice(name.lower(), prefix, kind, size)
+            return Slice(name.lower(), prefix, kind, size, _slices(name, kind, count))
     sizes = ", ".join(str(n * kind.named_per_chip) for n in kind.sizes)
     counts = {"tpu": "chips", "gpu": "GPUs", "cpu": "devices"}[kind.platform]
     if kind.named_per_chip == 2:
         counts = "TensorCores, two a chip"
     raise UserError(f"on={name!r}: {prefix} comes with {sizes} {counts}")
+
+
+def _slices(name: str, kind: Kind, count: str) -> int:
+    if not count and not name.endswith("x"):
+        return 1
+    if kind.platform != "tpu" or not count.isdecimal() or int(count) < 2:
+        raise UserError(f"on={name!r}: two or more slices of TPUs are written tpu-v5e-256x2")
+    return int(count)

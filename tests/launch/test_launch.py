@@ -60,7 +60,7 @@ ACCELERATORS = {
 }
 
 
-@pytest.mark.parametrize("name", slice_names("tpu"))
+@pytest.mark.parametrize("name", [*slice_names("tpu"), "tpu-v5e-16x2"])
 def test_a_jobset_asks_for_every_chip_of_a_slice(name: str) -> None:
     job = _job(name)
     read = yaml.safe_load(render("gke", job))
@@ -70,9 +70,10 @@ def test_a_jobset_asks_for_every_chip_of_a_slice(name: str) -> None:
     pod = one["template"]["spec"]
     (container,) = pod["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
-    assert group["replicas"] == 1
-    assert one["parallelism"] == one["completions"] == job.where.hosts
-    assert chips * one["completions"] == job.where.chips
+    assert group["replicas"] == job.where.slices
+    assert one["parallelism"] == one["completions"]
+    assert one["completions"] * group["replicas"] == job.where.hosts
+    assert chips * job.where.hosts == job.where.chips
     assert container["resources"]["requests"] == container["resources"]["limits"]
     shape = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     sizes = [int(n) for n in shape.split("x")]
@@ -89,6 +90,13 @@ def test_a_jobset_asks_for_every_chip_of_a_slice(name: str) -> None:
     policy = read["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 100
     assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+
+@pytest.mark.parametrize("launcher", ["queued-resources", "skypilot"])
+def test_several_slices_are_for_gke(launcher: str) -> None:
+    with pytest.raises(UserError, match="on='tpu-v5e-16x2' is 2 slices: choose --with gke"):
+        render(launcher, _job("tpu-v5e-16x2"))
+    assert "--num-slices=2" in render("gke", _job("tpu-v5e-16x2"))
 
 
 @pytest.mark.parametrize("name", slice_names("gpu"))

@@ -70,6 +70,26 @@ def test_a_recursive_model_is_compiled() -> None:
 
 
 @pytest.mark.usefixtures("libtpu")
+def test_between_slices_goes_a_part_of_the_gradients() -> None:
+    two = find_slice("tpu-v5e-4x2")
+    run = replace(TRM, mesh=MeshConfig(data=2, fsdp=4))
+    plan = make_plan(run, two, compile_run(run, two))
+    inside, between = (
+        [c for c in plan.compiled.collectives if c.leaves_slice == leaves]
+        for leaves in (False, True)
+    )
+    # Each of the four chips of a slice sends the part of the gradients that it holds, those of z's
+    # updates and of y's apart, in whole tiles.
+    gradients = 4 * n_parameters(run.model)
+    assert gradients / 4 <= sum(c.bytes for c in between) < gradients
+    assert {c.group for c in between} == {2}
+    assert max(c.group for c in inside) <= 4
+    assert plan.bounds["interconnect"] == sum(c.sent for c in inside) / two.interconnect
+    with pytest.raises(UserError, match=r"mesh.data=1: 2 slices .*: choose a multiple of 2"):
+        compile_run(replace(TRM, mesh=MeshConfig()), two)
+
+
+@pytest.mark.usefixtures("libtpu")
 def test_a_file_of_tpu_configs_is_compiled_with_its_flags(tmp_path: Path) -> None:
     v6e = find_slice("tpu-v6e-4")
     run = replace(LM, model=replace(LM.model, n_layers=1), batch_size=4)

@@ -47,6 +47,12 @@ def test_slices_have_the_chips_that_their_names_say() -> None:
     assert [SLICES["tpu-v5e-8"].hosts, SLICES["tpu-v5e-16"].hosts] == [1, 4]
     assert [SLICES["tpu-v5e-16"].processes_per_host, SLICES["h100-4"].processes_per_host] == [1, 4]
     assert (SLICES["cpu-8"].hosts, SLICES["cpu-8"].devices) == (1, 8)
+    # Two slices are twice the chips, of the same shape.
+    one, two = find_slice("tpu-v5p-64"), find_slice("tpu-v5p-64x2")
+    assert (two.slices, two.name) == (2, "tpu-v5p-64x2")
+    assert (two.devices, two.chips, two.hosts) == (64, 64, 2 * one.hosts)
+    assert (two.number, two.topology) == (one.number, one.topology)
+    assert (two.chips_per_host, two.interconnect) == (one.chips_per_host, one.interconnect)
 
 
 def test_peaks_are_those_of_the_kernels_and_of_the_mfu() -> None:
@@ -80,6 +86,9 @@ def test_a_host_has_whole_processes_and_a_slice_whole_hosts() -> None:
         ("tpu-v5e-7", "v5e comes with 1, 4, 8"),
         ("tpu-v5p-9", "TensorCores, two a chip"),
         ("tpu-v5e-016", "v5e comes with"),
+        ("tpu-v5e-8x1", "two or more slices of TPUs are written tpu-v5e-256x2"),
+        ("tpu-v5e-8x", "two or more slices"),
+        ("h100-8x2", "two or more slices of TPUs"),
     ],
 )
 def test_unknown_slices_are_refused(name: str, told: str) -> None:
