@@ -89,7 +89,7 @@ cuda: uv ## install the compiler for GPUs, which needs no GPU
 compile-kernels: $(STAMP) libtpu cuda ## compile every kernel for every TPU and the H100, forward and backward
 	@$(PYTEST) tests/kernels/test_aot.py tests/kernels/test_aot_gpu.py $(ARGS)
 
-compile-configs: $(STAMP) libtpu cuda ## compile every experiment of every file in tpu_configs (an hour)
+compile-configs: $(STAMP) libtpu cuda ## compile every experiment of every file in tpu_configs (half an hour)
 	@$(PYTHON) -m pytest tests/plan/test_full_size.py $(ARGS)
 
 profile-kernels: $(STAMP) libtpu cuda ## simulate the kernels on TPUs, count what they are on GPUs
