@@ -94,7 +94,7 @@ def _walk(
         called = re.findall(r"(?:body|true_computation|false_computation)=%?([\w.\-]+)", line)
         for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
             called += re.findall(r"[\w.\-]+", branches)
-        if re.search(r" (?:call|async-start)\(", line):
+        if re.search(r" (?:call|call-start|async-start)\(", line):
             called += re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line)
         inner = [c for other in called for c in _walk(other, 1, computations, n_devices)]
         if inner:

@@ -1,4 +1,4 @@
-"""Compiles the training step of a run for devices that are not there, in a child process.
+"""Compiles a step of a run, or of generation, for devices that are not there, in a child process.
 
 A child, because libtpu wants `JAX_PLATFORMS=cpu` and its flags before jax starts, and the caller
 has devices of its own.
@@ -27,6 +27,7 @@ from slm_kernels.aot.gpu_targets import GPUS
 import slm_jax
 from slm_jax.errors import UserError
 from slm_jax.plan.collectives import Collective, read_collectives
+from slm_jax.plan.serving import Serving, lower_serving
 from slm_jax.slices import Slice, compiler_flags
 from slm_jax.train import experiment, trm_experiment
 from slm_jax.train.experiment import Experiment
@@ -35,12 +36,13 @@ from slm_jax.train.trm_experiment import TRMExperiment
 
 Run = Experiment | TRMExperiment
 
-_RUNS: dict[str, Any] = {"Experiment": Experiment, "TRMExperiment": TRMExperiment}
+_RUNS: dict[str, Any] = {c.__name__: c for c in (Experiment, TRMExperiment, Serving)}
 _TIMEOUT = 3600  # seconds a compilation may take
 # What of slm_jax decides what is compiled and what is read off it.
 _SOURCES = (
     "models", "nn", "parallel", "compress", "train", "plan/program.py", "plan/collectives.py"
 )  # fmt: skip
+_SERVING_SOURCES = ("infer", "plan/serving.py")
 _KEPT = Path(".cache/plan")
 
 
@@ -49,7 +51,8 @@ class Compiled:
     """What the compiler said of a step. Bytes are of one device.
 
     Attributes:
-        arguments: what the step is given, by class: weights, optimizer, average, carry, batch.
+        arguments: what the step is given, by class: weights, optimizer, average, carry, batch; of
+            generation weights, state (of prefill: what it leaves behind) and batch.
         argument_bytes: all of it as the chip lays it out, padding included; 0 if it did not fit.
         new_bytes: results that take no argument's place.
         temporary_bytes: what it needs beside them; if it did not fit, all that it needs.
@@ -83,8 +86,8 @@ class Compiled:
         return self.argument_bytes + self.new_bytes + self.temporary_bytes + self.code_bytes
 
 
-def compile_run(run: Run, where: Slice, *, kept: Path | None = _KEPT) -> Compiled:
-    """Compiles the step of a run for a slice, with the slice's flags.
+def compile_run(run: Run | Serving, where: Slice, *, kept: Path | None = _KEPT) -> Compiled:
+    """Compiles the step of a run, or a program of generation, for a slice, with its flags.
 
     Args:
         run: the configuration; `run.mesh` is resolved on the devices.
@@ -103,10 +106,11 @@ def compile_run(run: Run, where: Slice, *, kept: Path | None = _KEPT) -> Compile
             environment, compiler = gpu_environment(), "cuda"
     except FileNotFoundError as e:
         raise UserError(str(e)) from None
+    given = to_json(run)
     # What has no influence on the program.
     same = {"seed": 0, "steps": 1, "out": "runs/plan", "overwrite": False}
     request = {
-        "run": to_json(run) | same,
+        "run": given | {name: value for name, value in same.items() if name in given},
         "topology": where.topology,
         "slices": where.slices,
         "chip_config": where.kind.chip_config,
@@ -148,7 +152,8 @@ def _key(request: Mapping[str, Any], compiler: str) -> str:
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
     digest.update(f"{importlib.metadata.version('jax')} {compiler}".encode())
     package, kernels = Path(slm_jax.__file__).parent, Path(aot.__file__).parents[1]
-    for part in (*(package / name for name in _SOURCES), kernels):
+    names = _SOURCES + (_SERVING_SOURCES if request["run"]["type"] == "Serving" else ())
+    for part in (*(package / name for name in names), kernels):
         for source in sorted(part.rglob("*.py")) if part.is_dir() else [part]:
             name = source.relative_to(part.parent).as_posix()
             digest.update(name.encode() + b"\0" + source.read_bytes())
@@ -216,21 +221,39 @@ def _describe(topology: str, slices: int, chip_config: str | None) -> Sequence[A
     ).devices
 
 
-def _compile(run: Run, topology: str, slices: int, chip_config: str | None) -> dict[str, Any]:
-    """Runs in the child: the fields of `Compiled`."""
-    import jax
-
-    from slm_jax.parallel import make_mesh
+def _lower(run: Run | Serving, mesh: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The lowered program, its jaxpr, and what it is given by class."""
     from slm_jax.train.step import lower_step
 
-    mesh = make_mesh(run.mesh, _describe(topology, slices, chip_config))
-    start = time.perf_counter()
+    if isinstance(run, Serving):
+        serving = lower_serving(run, mesh)
+        return serving.step, serving.jaxpr, {
+            "weights": serving.weights, "state": serving.state, "batch": serving.batch
+        }  # fmt: skip
     if isinstance(run, Experiment):
         step, batch = experiment.step_inputs(run)
     else:
         step, batch = trm_experiment.step_inputs(run)
+    lowered = lower_step(step, mesh, batch)
+    state = lowered.state
+    return lowered.step, lowered.jaxpr, {
+        "weights": state.model, "optimizer": state.optimizer, "average": state.ema,
+        "carry": state.carry, "batch": lowered.batch,
+    }  # fmt: skip
+
+
+def _compile(
+    run: Run | Serving, topology: str, slices: int, chip_config: str | None
+) -> dict[str, Any]:
+    """Runs in the child: the fields of `Compiled`."""
+    import jax
+
+    from slm_jax.parallel import make_mesh
+
+    mesh = make_mesh(run.mesh, _describe(topology, slices, chip_config))
+    start = time.perf_counter()
     with run.mesh.rules():
-        lowered = lower_step(step, mesh, batch)
+        step, jaxpr, arguments = _lower(run, mesh)
     traced = time.perf_counter()
 
     def nbytes(tree: Any) -> int:
@@ -238,19 +261,12 @@ def _compile(run: Run, topology: str, slices: int, chip_config: str | None) -> d
         sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
         return sum(sizes)
 
-    state = lowered.state
     answer: dict[str, Any] = {
-        "arguments": {
-            "weights": nbytes(state.model),
-            "optimizer": nbytes(state.optimizer),
-            "average": nbytes(state.ema),
-            "carry": nbytes(state.carry),
-            "batch": nbytes(lowered.batch),
-        },
+        "arguments": {name: nbytes(tree) for name, tree in arguments.items()},
         "trace_seconds": traced - start,
     }
     try:
-        compiled = lowered.step.compile()
+        compiled = step.compile()
     except jax.errors.JaxRuntimeError as e:
         needed = refusal_bytes(str(e))
         if needed is None:
@@ -281,7 +297,7 @@ def _compile(run: Run, topology: str, slices: int, chip_config: str | None) -> d
         "code_bytes": memory.generated_code_size_in_bytes,
         "collectives": [asdict(c) for c in read_collectives(hlo, mesh.size)],
         "cycles": cycles,
-        "pallas": [asdict(c) for c in aot.pallas_calls(lowered.jaxpr)],
+        "pallas": [asdict(c) for c in aot.pallas_calls(jaxpr)],
         "compile_seconds": seconds,
     }
 

@@ -65,18 +65,8 @@ class Plan:
 
     @property
     def estimate(self) -> float | None:
-        """Seconds that XLA expects of its own operations, and Pallas kernels take at least.
-
-        Collectives are not in it, as if all were hidden behind other work.
-        """
-        device = self.where.device
-        if self.compiled.cycles is None or not isinstance(device, Target):
-            return None
-        kernels = sum(
-            call.runs * max(call.flops / device.flops, call.bytes / device.bandwidth)
-            for call in self.compiled.pallas
-        )
-        return self.compiled.cycles / device.clock + kernels
+        """As `estimated_seconds`."""
+        return estimated_seconds(self.compiled, self.where)
 
     def mfu(self, seconds: float) -> float:
         """The model FLOPs utilisation of steps that take so long."""
@@ -85,6 +75,22 @@ class Plan:
     def at_mfu(self, share: float) -> float:
         """Seconds of a step at this utilisation."""
         return self.mfu(1.0) / share
+
+
+def estimated_seconds(compiled: Compiled, where: Slice) -> float | None:
+    """Seconds that XLA expects of its own operations, and Pallas kernels take at least.
+
+    Collectives are not in it, as if all were hidden behind other work. `None` where nothing is
+    simulated, as on GPUs.
+    """
+    device = where.device
+    if compiled.cycles is None or not isinstance(device, Target):
+        return None
+    kernels = sum(
+        call.runs * max(call.flops / device.flops, call.bytes / device.bandwidth)
+        for call in compiled.pallas
+    )
+    return compiled.cycles / device.clock + kernels
 
 
 def make_plan(run: Run, where: Slice, compiled: Compiled) -> Plan:

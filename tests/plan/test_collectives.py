@@ -43,6 +43,11 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
 
+%called_computation.1 (p.2: f32[16,257]) -> f32[128,257] {
+  %p.2 = f32[16,257]{1,0:T(8,128)} parameter(0)
+  ROOT %g.2 = f32[128,257]{1,0:T(8,128)} all-gather(%p.2), channel_id=1, replica_groups=mesh['data'=1,'fsdp'=16] {'fsdp'}, dimensions={0}
+}, execution_thread="sparsecore"
+
 ENTRY %main (x: bf16[32,512]) -> f32[] {
   %x = bf16[32,512]{1,0} parameter(0)
   %while.1 = (s32[], bf16[32,512]{1,0}) while(%x), condition=%condition, body=%body
@@ -56,6 +61,7 @@ ENTRY %main (x: bf16[32,512]) -> f32[] {
   %hand.2 = f32[3]{0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
   %part.1 = f32[2]{0} all-gather(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, frontend_attributes={chain_id="4"}
   %part.2 = f32[2]{0} all-gather(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, frontend_attributes={chain_id="4"}
+  %g.call-start = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%called_computation.1
   %send = (f32[64,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%x, %x), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv = (f32[64,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%x), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %z = f32[] constant(0)
@@ -79,6 +85,8 @@ def test_every_form_that_the_compiler_writes() -> None:
         ("reduce-scatter", 8): Collective("reduce-scatter", 2, 2 * 96, 2 * 84, 8),
         ("all-gather", 2): Collective("all-gather", 1, 8, 4, 2),
         ("collective-permute", 2): Collective("collective-permute", 1, 24, 24, 2),
+        # By a sparse core, as tpu7x does all of them.
+        ("all-gather", 16): Collective("all-gather", 1, 4 * 128 * 257, 4 * 128 * 257 * 15 / 16, 16),
         # Between four slices.
         ("all-reduce of slices", 4): Collective(
             "all-reduce of slices", 1, 2**18, 2 * 2**18 * 3 / 4, 4
