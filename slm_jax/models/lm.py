@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slm_jax.errors import UserError
-from slm_jax.models.recursion import Injection, RecursionConfig, run_recursive
+from slm_jax.models.recursion import Injection, RecursionConfig
+from slm_jax.models.recursion_run import run_recursive
 from slm_jax.nn.block import Block, LayerConfig
 from slm_jax.nn.linear import Embedding, Linear
 from slm_jax.nn.norm import Norm, NormConfig
