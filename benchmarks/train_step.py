@@ -10,10 +10,7 @@ The numbers count only if the losses agree: the first within 1e-3, and falling o
 
 import contextlib
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +21,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from peer import CORES, Peer, machine
 from rich.table import Table
 
 from slm_jax import cli
@@ -36,7 +34,6 @@ from slm_jax.train.experiment import Experiment, compile_program
 from slm_jax.train.tasks.lm import LMLossConfig
 
 LEARNING_RATE = 3e-4
-CORES = len(os.sched_getaffinity(0))  # both sides get as many threads
 WARM_UP = 3
 """Steps before the first round: compilation, allocator, and losses to compare."""
 
@@ -127,42 +124,19 @@ class Ours:
         return time.perf_counter() - start, [float(loss) for loss in losses]
 
 
-class Peer:
+class Torch(Peer):
     """A process of torch_peer.py."""
 
     def __init__(self, config: Benchmark, mode: str, folder: Path) -> None:
-        self.mode = mode
-        self._log = folder / f"{mode}.log"
         files = {"model": str(folder / "model"), "batch": str(folder / "batch.npz")}
         setup = files | {"compile": mode == "compile", "threads": CORES, "lr": LEARNING_RATE}
-        script = Path(__file__).with_name("torch_peer.py")
-        words = [str(config.peer_python.absolute()), str(script), json.dumps(setup)]
-        pipe = subprocess.PIPE
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, text=True)
-        self.facts = self._answer()
+        super().__init__(mode, config.peer_python, "torch_peer.py", setup, folder)
         self.parameters = self.facts.pop("parameters")
 
     def steps(self, n: int) -> tuple[float, list[float]]:
         """Seconds and losses of the next `n` steps."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"steps": n}) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
+        answer = self.ask({"steps": n})
         return answer["seconds"], answer["losses"]
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            tail = "".join(self._log.read_text().splitlines(keepends=True)[-20:])
-            raise RuntimeError(f"the {self.mode} peer died:\n{tail}")
-        return json.loads(line)
 
 
 def main(config: Benchmark) -> None:
@@ -174,11 +148,11 @@ def main(config: Benchmark) -> None:
             f"peer_python={config.peer_python} does not exist: `make golden-env` makes it, or give "
             "a Python that has torch and transformers"
         )
-    machine = {"cpu": cpu_name(), "cores": CORES, "platform": platform.platform()}
+    here = machine()
     print(
         f"training in float32: {config.n_layers} layers of {config.d_model}, {config.n_heads} "
         f"heads ({config.n_kv_heads} of keys), {config.batch_size} x {config.seq_len} tokens; "
-        f"{machine['cores']} cores, {machine['cpu']}\n"
+        f"{here['cores']} cores, {here['cpu']}\n"
         f"tokens/s over {config.rounds} turns of {config.steps} steps; ours / it: median of turns"
     )
     table = Table()
@@ -194,7 +168,7 @@ def main(config: Benchmark) -> None:
         table.add_section()
     console().print(table)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "config": asdict(config), "cases": cases}
+    record = {"machine": here, "config": asdict(config), "cases": cases}
     config.out.write_text(json.dumps(record, indent=1, default=str) + "\n")  # str: of paths
     console().print(f"written to {config.out}", highlight=False)
 
@@ -259,7 +233,7 @@ def sides_of(
         np.savez(folder / "batch.npz", tokens=batch["tokens"], targets=batch["targets"])
         sides: dict[str, Any] = {"slm_jax": ours}
         for mode in config.peers:
-            peer = Peer(config, mode, folder)
+            peer = Torch(config, mode, folder)
             stack.callback(peer.close)
             sides[f"torch {mode}"] = peer
         yield sides
@@ -284,15 +258,6 @@ def check_equal(sides: dict[str, Any], losses: dict[str, list[float]]) -> None:
                 raise RuntimeError(
                     f"{name}: loss {got[step]} at step {step}, ours {ours[step]}: not the same step"
                 )
-
-
-def cpu_name() -> str:
-    """The processor's name, as Linux tells it, else its architecture."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

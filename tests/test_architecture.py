@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "compress": {"models", "nn", "parallel", "slm_kernels"},
     "train": {"models", "data", "parallel", "nn", "scaling", "compress"},
     "slices": {"parallel", "slm_kernels"},
-    "plan": {"train", "models", "parallel", "slices", "slm_kernels"},
+    "plan": {"train", "infer", "models", "parallel", "slices", "slm_kernels"},
     "launch": {"slices"},
     "export": {"models", "compress", "nn"},
     "evaluate": {"infer", "models", "data"},

@@ -84,6 +84,14 @@ def test_a_draft_changes_the_speed_alone(
     assert capsys.readouterr().err.startswith("error: slots=1 with a draft,")
 
 
+def test_unrolled_layers_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two_layers = save(tmp_path / "model", 0, n_layers=2)
+    greedy = [two_layers, "--prompt", "ab", "--max-new-tokens", 8, "--temperature", 0]
+    assert shown(capsys, *greedy, "--unroll")[0] == shown(capsys, *greedy)[0]
+    assert main(["generate", *map(str, greedy), "--unroll", "--exit-threshold", "0.5"]) == 2
+    assert "unroll=True with exit_threshold=0.5" in capsys.readouterr().err
+
+
 def test_an_int8_cache_continues_too(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = shown(capsys, model, "--prompt", "ab", "--max-new-tokens", 8, "--cache", "int8")
     assert out.startswith("ab")

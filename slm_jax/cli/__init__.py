@@ -5,6 +5,7 @@
     slm solve FOLDER --puzzle TEXT    solve a puzzle with a trained reasoner, step by step
     slm evaluate FOLDER [options]     perplexity on texts, score on questions
     slm quantize FOLDER --out FOLDER  store a trained model in a few bits a weight
+    slm prune FOLDER --out FOLDER     leave out weights or whole units of a trained model
     slm export FOLDER OUT [options]   write a trained model for llama.cpp, transformers or jax
     slm import FILE OUT [options]     read a .gguf file or a Hugging Face folder
     slm presets [--json]              sizes and costs of the named models
@@ -34,6 +35,7 @@ COMMANDS = (
     "solve",
     "evaluate",
     "quantize",
+    "prune",
     "export",
     "import",
     "presets",

@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from safetensors import safe_open
 
-from slm_jax.cli.load import is_hf, load
+from slm_jax.cli.load import load
 from slm_jax.cli.measure import loss_rows, read_texts, score_programs, score_text
 from slm_jax.cli.script import parse
 from slm_jax.cli.show import console, count, facts, nbytes
@@ -23,7 +23,7 @@ from slm_jax.errors import UserError
 from slm_jax.evaluate import Subject, TextScore
 from slm_jax.export.gguf import Dtype, Sizes, load_gguf, save_gguf
 from slm_jax.export.stablehlo import PLATFORMS, save_stablehlo
-from slm_jax.models.hf import load_hf, save_hf
+from slm_jax.models.hf import is_hf, load_hf, save_hf
 from slm_jax.models.lm import LM
 from slm_jax.train.serialize import to_json
 

@@ -1,4 +1,4 @@
-"""The folders that commands read language models from: runs, quantised and Hugging Face ones."""
+"""The folders that commands read language models from: runs, smaller and Hugging Face ones."""
 
 import functools
 import json
@@ -9,10 +9,18 @@ import jax
 import numpy as np
 import tokenizers
 
-from slm_jax.compress.io import MANIFEST, TOKENIZER, is_quantised_folder, load_quantised
+from slm_jax.compress.io import (
+    MANIFEST,
+    PRUNED,
+    TOKENIZER,
+    is_pruned_folder,
+    is_quantised_folder,
+    load_pruned,
+    load_quantised,
+)
 from slm_jax.data import Tokenizer, load_tokenizer
 from slm_jax.errors import UserError
-from slm_jax.models.hf import load_hf
+from slm_jax.models.hf import is_hf, load_hf
 from slm_jax.models.lm import LM, LMConfig
 from slm_jax.train.experiment import load_model, load_run_tokenizer
 from slm_jax.train.folder import CONFIG_FILE
@@ -25,17 +33,18 @@ def load(folder: Path, *, ema: bool = False) -> tuple[LM, Tokenizer, np.ndarray]
     """Model, tokenizer, and the ids (int32) that the model expects before every text.
 
     Args:
-        folder: of a training run, of `slm quantize`, or of a Hugging Face model.
+        folder: of a training run, of `slm quantize` or `slm prune`, or of a Hugging Face model.
         ema: the average of the weights that a run kept.
 
     Raises:
         UserError: if it is none of these, or damaged.
     """
     one_set = "holds one set of weights: leave out ema"
-    if is_quantised_folder(folder):
+    if is_quantised_folder(folder) or is_pruned_folder(folder):
         if ema:
-            raise UserError(f"ema=True: {folder} is a quantised model and {one_set}")
-        return _load_quantised(folder)
+            kind = "quantised" if is_quantised_folder(folder) else "pruned"
+            raise UserError(f"ema=True: {folder} is a {kind} model and {one_set}")
+        return _load_smaller(folder)
     if not is_hf(folder):
         tokenizer = load_run_tokenizer(folder)
         return load_model(folder, ema=ema)[0], tokenizer, np.zeros(0, np.int32)
@@ -52,7 +61,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end a text of this model: several where an assistant's turn ends otherwise.
 
     From generation_config.json or config.json of a Hugging Face folder, from what `slm quantize`
-    kept of these; else the tokenizer's end of text.
+    and `slm prune` kept of these; else the tokenizer's end of text.
 
     Args:
         folder: as in `load`.
@@ -64,6 +73,8 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     sources = [(GENERATION, "eos_token_id"), (CONFIG_FILE, "eos_token_id")]
     if is_quantised_folder(folder):
         sources = [(MANIFEST, "eos_ids")]
+    elif is_pruned_folder(folder):
+        sources = [(PRUNED, "eos_ids")]
     elif not is_hf(folder):
         sources = []
     for name, field in sources:
@@ -83,20 +94,13 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return (tokenizer.eos_id,)
 
 
-def is_hf(folder: Path) -> bool:
-    """Whether a folder holds a Hugging Face model."""
-    try:
-        return "model_type" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # `load_experiment` says what is wrong
-
-
-def _load_quantised(folder: Path) -> tuple[LM, Tokenizer, np.ndarray]:
-    model, manifest = load_quantised(folder, functools.partial(_abstract, folder))
+def _load_smaller(folder: Path) -> tuple[LM, Tokenizer, np.ndarray]:
+    read = load_quantised if is_quantised_folder(folder) else load_pruned
+    model, manifest = read(folder, functools.partial(_abstract, folder))
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     prefix = manifest.get("prefix", [])
     if not isinstance(prefix, list) or not all(isinstance(i, int) for i in prefix):
-        raise UserError(f"{folder}: prefix={prefix!r} is no list of token ids: quantise again")
+        raise UserError(f"{folder}: prefix={prefix!r} is no list of token ids: make it again")
     return model, tokenizer, np.asarray(prefix, np.int32)
 
 
@@ -106,4 +110,4 @@ def _abstract(folder: Path, data: Any) -> LM:
         config = from_json(LMConfig, data)
         return jax.eval_shape(lambda key: LM(config, key), jax.random.key(0))
     except (TypeError, ValueError, ArithmeticError) as error:  # UserError is a ValueError
-        raise UserError(f"{folder} describes no model ({error}): quantise again") from error
+        raise UserError(f"{folder} describes no model ({error}): make it again") from error

@@ -62,8 +62,8 @@ def _best_scale(
     batched = link.source in linears and bool(linears[link.source].batch_axes)
     squares, rows = [], []
     for path in link.readers:
-        diagonal, count = jnp.diagonal(found[path].gram, axis1=-2, axis2=-1), found[path].rows
-        squares.append(diagonal if batched else diagonal.reshape(-1, diagonal.shape[-1]).sum(0))
+        one, count = found[path].squares, found[path].rows
+        squares.append(one if batched else one.reshape(-1, one.shape[-1]).sum(0))
         rows.append(count if batched else count.sum())
     rms = jnp.sqrt(sum(squares) / jnp.maximum(sum(rows), 1.0)[..., None])
     rms = shared_scale(link, jnp.where(rms > 0, rms, 1.0))

@@ -28,17 +28,21 @@ class Inputs(NamedTuple):
     Attributes:
         rows: number seen, `[*batch]` float32.
         largest: largest magnitude of each input, `[*batch, K]`.
+        squares: sum of the squares of each input, `[*batch, K]`.
         gram: sum of x xᵀ over the rows, `[*batch, K, K]`; `[*batch, 0, 0]` if not asked for.
     """
 
     rows: jax.Array
     largest: jax.Array
+    squares: jax.Array
     gram: jax.Array
 
     def merged(self, other: "Inputs") -> "Inputs":
         """Statistics of the rows of both."""
         largest = jnp.maximum(self.largest, other.largest)
-        return Inputs(self.rows + other.rows, largest, self.gram + other.gram)
+        return Inputs(
+            self.rows + other.rows, largest, self.squares + other.squares, self.gram + other.gram
+        )
 
 
 class Squares(NamedTuple):
@@ -135,7 +139,7 @@ def walk[T](
     if model.config.recursion is not None:
         raise UserError(
             "recursion: layers that repeat see other inputs in every run, which calibration does "
-            "not follow: choose method=rtn"
+            "not follow: choose method=rtn, or to prune method=magnitude"
         )
     names = ("tokens", "segments", "positions")
     streams = [_enter(model, {k: b[k] for k in names if k in b}) for b in batches]
@@ -177,6 +181,30 @@ def layer_errors(model: LM, other: LM, batches: Iterable[Mapping[str, Any]]) -> 
         return block, {f"{i}.{k}": float(v) for k, v in errors.items()}
 
     return {k: v for one in walk(model, batches, visit) for k, v in one.items()}
+
+
+def block_errors(model: LM, other: LM, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """How far what every layer adds to the residual stream is off: |y' - y| / |y| on the same x.
+
+    Args:
+        model: the float model, whose own activations are the inputs.
+        other: a model of the same layers, of whatever inner sizes.
+        batches: see `walk`.
+
+    Returns:
+        By layer, as `3`.
+
+    Raises:
+        UserError: as `walk`.
+    """
+    dtype = jnp.dtype(model.config.dtype)
+
+    def visit(i: int, block: Block, streams: list[Stream]) -> tuple[Block, float]:
+        there = get_layer(other, i)
+        sums = _summed({"": _compare_blocks(block, there, s, dtype)} for s in streams)[""]
+        return block, float((sums.error / jnp.maximum(sums.output, 1e-30)) ** 0.5)
+
+    return {str(i): error for i, error in enumerate(walk(model, batches, visit))}
 
 
 def _summed(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -232,6 +260,12 @@ def _compare(block: Block, other: Block, s: Stream, dtype: Any) -> dict[str, Squ
     return told
 
 
+@partial(jax.jit, static_argnames="dtype")
+def _compare_blocks(block: Block, other: Block, s: Stream, dtype: Any) -> Squares:
+    y, z = (_forward(b, s, dtype).astype(jnp.float32) for b in (block, other))
+    return Squares(jnp.sum(jnp.square(z - y)), jnp.sum(jnp.square(y - s.x.astype(jnp.float32))))
+
+
 def _watched(block: Block, tell: Tell) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _Watched(path_name(path), leaf, tell) if is_matrix(leaf) else leaf,
@@ -249,13 +283,16 @@ def _statistics(linear: Linear, x: jax.Array, sizes: jax.Array | None, gram: boo
         x = x.reshape(*x.shape[:n_batch], -1, math.prod(inputs))
         # Slots of an expert that nothing was sent to are zeros and change no sum but the count.
         count = jnp.full(x.shape[:n_batch], x.shape[-2], jnp.float32)
-        squares = jnp.einsum("...rk,...rl->...kl", x, x) if gram else None
+        products = jnp.einsum("...rk,...rl->...kl", x, x) if gram else None
+        squares = jnp.sum(jnp.square(x), axis=-2)
         largest = jnp.max(jnp.abs(x), axis=-2)
     else:
         ends, rows = jnp.cumsum(sizes), jnp.arange(x.shape[0])
         member = (rows < ends[:, None]) & (rows >= (ends - sizes)[:, None])
         count = sizes.astype(jnp.float32)
-        squares = jnp.einsum("er,rk,rl->ekl", member.astype(x.dtype), x, x) if gram else None
+        sends = member.astype(x.dtype)
+        products = jnp.einsum("er,rk,rl->ekl", sends, x, x) if gram else None
+        squares = sends @ jnp.square(x)
         largest = jnp.max(jnp.where(member[..., None], jnp.abs(x), 0), axis=1)
     none = jnp.zeros((*count.shape, 0, 0))
-    return Inputs(count, largest, none if squares is None else squares)
+    return Inputs(count, largest, squares, none if products is None else products)

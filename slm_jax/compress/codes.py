@@ -5,7 +5,8 @@ with one scale; the last group may be smaller.
 """
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ class Coded(NamedTuple):
     """A matrix as it is stored.
 
     Attributes:
-        codes: `[..., columns]`, int8; codes of 4 bits two to a uint8, the first in the low half.
+        codes: `[..., columns]`, int8; uint8 for codes of fewer bits, packed as `pack` says.
         scales: `[..., groups]`, float32 with one group, else bfloat16.
     """
 
@@ -48,7 +49,7 @@ def nf4_levels() -> np.ndarray:
 
 
 def largest_code(spec: QuantSpec) -> int:
-    """What the largest weight of a group becomes: 127 or 7; the level 1 for NF4."""
+    """What the largest weight of a group becomes: 127, 7 or 3; the level 1 for NF4."""
     return 1 if spec.code == "nf4" else 2 ** (spec.bits - 1) - 1
 
 
@@ -59,7 +60,23 @@ def find_scales(w: jax.Array, spec: QuantSpec) -> jax.Array:
     A group of zeros has scale zero.
     """
     top = jnp.max(jnp.abs(_grouped(w.astype(jnp.float32), spec)), axis=-1)
-    return (top / largest_code(spec)).astype(jnp.float32 if spec.group is None else jnp.bfloat16)
+    return (top / largest_code(spec)).astype(scale_dtype(spec))
+
+
+def scale_dtype(spec: QuantSpec) -> jnp.dtype:
+    """What scales are stored in."""
+    return jnp.dtype(jnp.float32 if spec.group is None else jnp.bfloat16)
+
+
+def in_steps(w: jax.Array, scales: jax.Array) -> jax.Array:
+    """`w / scales` in float32, which broadcast; zero where a scale is zero."""
+    s = scales.astype(jnp.float32)
+    return jnp.where(s > 0, w.astype(jnp.float32) / jnp.where(s > 0, s, 1), 0)
+
+
+def nearest_integer(x: jax.Array, top: jax.Array | float) -> jax.Array:
+    """The integer in -top..top that is nearest, float32; ties go to the even one."""
+    return jnp.clip(jnp.round(x), -top, top)
 
 
 def nearest(w: jax.Array, scales: jax.Array, spec: QuantSpec) -> jax.Array:
@@ -71,16 +88,14 @@ def nearest(w: jax.Array, scales: jax.Array, spec: QuantSpec) -> jax.Array:
         spec: the format.
 
     Returns:
-        int8 codes in the shape of `w`: -127..127, -7..7, or NF4's 0..15. Ties go to the even code.
+        int8 codes in the shape of `w`: -127..127, -7..7, -3..3, or NF4's 0..15. Ties go to the
+        even code.
     """
-    s = scales.astype(jnp.float32)
-    x = w.astype(jnp.float32) / jnp.where(s > 0, s, 1)
-    x = jnp.where(s > 0, x, 0)
+    x = in_steps(w, scales)
     if spec.code == "nf4":
         levels = nf4_levels()
         return jnp.searchsorted(jnp.asarray((levels[1:] + levels[:-1]) / 2), x).astype(jnp.int8)
-    top = largest_code(spec)
-    return jnp.clip(jnp.round(x), -top, top).astype(jnp.int8)
+    return nearest_integer(x, largest_code(spec)).astype(jnp.int8)
 
 
 def values_of(codes: jax.Array, spec: QuantSpec) -> jax.Array:
@@ -90,9 +105,10 @@ def values_of(codes: jax.Array, spec: QuantSpec) -> jax.Array:
     return codes.astype(jnp.float32)
 
 
-def encode(w: jax.Array, spec: QuantSpec) -> Coded:
-    """Rounds a matrix to nearest: `[..., K]` float."""
-    scales = find_scales(w, spec)
+@functools.partial(jax.jit, static_argnames="spec")
+def encode(w: jax.Array, spec: QuantSpec, scales: jax.Array | None = None) -> Coded:
+    """Rounds a matrix to nearest: `[..., K]` float, by default at the scales of `find_scales`."""
+    scales = find_scales(w, spec) if scales is None else scales.astype(scale_dtype(spec))
     codes = nearest(_grouped(w, spec), scales[..., None], spec)
     flat = codes.reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
     return Coded(pack(flat, spec), scales)
@@ -105,22 +121,37 @@ def decode(coded: Coded, spec: QuantSpec, n_in: int) -> jax.Array:
     return values.reshape(*values.shape[:-2], -1)[..., :n_in]
 
 
+def zero_code(spec: QuantSpec) -> int:
+    """The code that stands for zero."""
+    return int(nf4_levels().searchsorted(0.0)) if spec.code == "nf4" else 0
+
+
 def pack(codes: jax.Array, spec: QuantSpec) -> jax.Array:
-    """int8 codes `[..., columns]` as they are stored."""
+    """int8 codes `[..., columns]` as they are stored.
+
+    Codes of 4 bits are two to a byte, codes of 3 bits eight to three bytes: together they are a
+    little-endian number with the first code in its lowest bits. What fills up the last is zeros.
+    """
     if spec.bits == 8:
         return codes
-    offset = 0 if spec.code == "nf4" else 8
-    nibbles = _padded(codes + jnp.int8(offset), 2, offset).astype(jnp.uint8)
-    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+    each, n_bytes, word = _words(spec)
+    codes = _padded(codes, each, zero_code(spec)).astype(jnp.int32) + _offset(spec)
+    codes = codes.astype(word).reshape(*codes.shape[:-1], -1, each)
+    words = jnp.sum(codes << _shifts(spec.bits, each, word), axis=-1, dtype=word)
+    stored = (words[..., None] >> _shifts(8, n_bytes, word)).astype(jnp.uint8)
+    return stored.reshape(*stored.shape[:-2], -1)
 
 
 def unpack(codes: jax.Array, spec: QuantSpec, n_in: int) -> jax.Array:
     """Stored codes as int8 codes, `[..., n_in]`."""
     if spec.bits == 8:
         return codes[..., :n_in]
-    pairs = jnp.stack([codes & 15, codes >> 4], axis=-1).astype(jnp.int8)
-    flat = pairs.reshape(*codes.shape[:-1], -1)[..., :n_in]
-    return flat if spec.code == "nf4" else flat - jnp.int8(8)
+    each, n_bytes, word = _words(spec)
+    stored = codes.reshape(*codes.shape[:-1], -1, n_bytes).astype(word)
+    words = jnp.sum(stored << _shifts(8, n_bytes, word), axis=-1, dtype=word)
+    parts = (words[..., None] >> _shifts(spec.bits, each, word)) & word(2**spec.bits - 1)
+    flat = parts.astype(jnp.int8).reshape(*codes.shape[:-1], -1)[..., :n_in]
+    return flat - jnp.int8(_offset(spec))
 
 
 def round_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -143,6 +174,22 @@ def _grouped(w: jax.Array, spec: QuantSpec) -> jax.Array:
     size = group_size(w.shape[-1], spec)
     w = _padded(w, size, 0)
     return w.reshape(*w.shape[:-1], -1, size)
+
+
+def _words(spec: QuantSpec) -> tuple[int, int, Any]:
+    """Codes and bytes of the smallest number of whole bytes, and a type that holds them."""
+    each = 8 // math.gcd(spec.bits, 8)
+    n_bytes = each * spec.bits // 8
+    return each, n_bytes, jnp.uint8 if n_bytes == 1 else jnp.uint32
+
+
+def _shifts(bits: int, n: int, word: Any) -> jax.Array:
+    return jnp.arange(n, dtype=word) * word(bits)
+
+
+def _offset(spec: QuantSpec) -> int:
+    """What makes a code positive."""
+    return 0 if spec.code == "nf4" else 2 ** (spec.bits - 1)
 
 
 def _padded(a: jax.Array, multiple: int, value: int) -> jax.Array:

@@ -16,6 +16,7 @@ from slm_jax.nn.attention import Attention
 from slm_jax.nn.block import Block
 from slm_jax.nn.linear import Linear
 from slm_jax.nn.mlp import MLP
+from slm_jax.nn.module import changed
 from slm_jax.nn.moe import MoE
 from slm_jax.nn.norm import Norm
 
@@ -87,7 +88,7 @@ def fold(block: Block, link: Link, s: jax.Array) -> Block:
             changes = {"scale": scaled(leaf.scale, 1 / s, offset)}
             if leaf.bias is not None:
                 changes["bias"] = scaled(leaf.bias, 1 / s)
-            return _with(leaf, **changes)
+            return changed(leaf, **changes)
         if name == link.source:
             n_batch, n_in = len(leaf.batch_axes), len(leaf.in_axes)
             rows = of_source.reshape(leaf.w.shape[:n_batch] + leaf.w.shape[n_batch + n_in :])
@@ -96,9 +97,9 @@ def fold(block: Block, link: Link, s: jax.Array) -> Block:
             changes = {"w": scaled(leaf.w, 1 / inner)}
             if leaf.b is not None:
                 changes["b"] = scaled(leaf.b, 1 / rows)
-            return _with(leaf, **changes)
+            return changed(leaf, **changes)
         if name in link.readers:
-            return _with(leaf, w=scaled(leaf.w, _along_inputs(leaf, s)))
+            return changed(leaf, w=scaled(leaf.w, _along_inputs(leaf, s)))
         return leaf
 
     out: Block = jax.tree_util.tree_map_with_path(
@@ -121,10 +122,3 @@ def _along_inputs(linear: Linear, s: jax.Array) -> jax.Array:
     s = jnp.broadcast_to(s, (*linear.w.shape[:n_batch], s.shape[-1]))
     inputs = linear.w.shape[n_batch : n_batch + n_in]
     return s.reshape(*s.shape[:-1], *inputs, *(1,) * len(linear.out_axes))
-
-
-def _with(module: Any, **changes: Any) -> Any:
-    copy = jax.tree.unflatten(jax.tree.structure(module), jax.tree.leaves(module))
-    for name, value in changes.items():
-        setattr(copy, name, value)
-    return copy

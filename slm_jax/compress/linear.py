@@ -1,6 +1,8 @@
 """Quantised drop-ins for `Linear` and `Embedding`: the same calls, the same axes, fewer bytes."""
 
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ from slm_jax.parallel.rules import gather, has_mesh, lead_spec, spec
 
 # Sums of products of int8 codes must fit int32.
 _MOST_INPUTS = (2**31 - 1) // 127**2
+
+# Rows of activations up to which a product takes the time of reading the weights.
+_FEW_ROWS = 64
 
 
 class QuantisedMatrix(nnx.Module):
@@ -89,7 +94,9 @@ class QuantisedLinear(Linear):
     """A `Linear` whose weight is stored in a few bits.
 
     With `spec.activations == "int8"` the product is one of integers, exact, and scaled afterwards:
-    y = (codes of x) (codes of w) x scale of the token x scale of the output.
+    y = (codes of x) (codes of w) x scale of the token x scale of the output. Float activations
+    meet integer codes in the same way on a CPU, where weights made floats again are written to
+    memory in every call: each number of x is three codes there, a float32 to its last bits.
 
     Attributes:
         w: the matrix.
@@ -134,8 +141,14 @@ class QuantisedLinear(Linear):
 
     def __call__(self, x: jax.Array, *, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """As `Linear`; with int8 activations whatever the dtype, by an integer product."""
-        if self.w.spec.activations == "float":
-            return super().__call__(x, out_dtype=out_dtype)
+        w = self.w.spec
+        if w.activations == "float":
+            by_floats = partial(super().__call__, out_dtype=out_dtype)
+            as_integers = w.group is None and w.code != "nf4" and self.w.n_in <= _MOST_INPUTS
+            if self.batch_axes or has_mesh() or not as_integers:
+                return by_floats(x)
+            by_digits = partial(self._product_of_digits, out_dtype=out_dtype)
+            return jax.lax.platform_dependent(x, cpu=by_digits, default=by_floats)
         n_batch, n_in = len(self.batch_axes), len(self.in_axes)
         lead, inner = lead_spec(x, x.ndim - n_in), spec(self.in_axes, gathered=True)
         shape = (*x.shape[: x.ndim - n_in], self.w.n_in)
@@ -150,6 +163,14 @@ class QuantisedLinear(Linear):
         y = y * rows.reshape(*rows.shape[:n_batch], *free, *rows.shape[n_batch:])
         return self.add_bias(y.astype(out_dtype or x.dtype))
 
+    def _product_of_digits(self, x: jax.Array, out_dtype: jax.typing.DTypeLike | None) -> jax.Array:
+        """The product with integer codes of one scale a row, float32 as it is, on one device."""
+        rows = x.reshape(-1, self.w.n_in).astype(jnp.float32)
+        codes = unpack(self.w.codes[...], self.w.spec, self.w.n_in)
+        y = digit_product(rows, codes.reshape(-1, self.w.n_in)) * self.w.scales[...].reshape(-1)
+        y = y.reshape(*x.shape[: x.ndim - len(self.in_axes)], *self.out_shape)
+        return self.add_bias(y.astype(out_dtype or x.dtype))
+
     def _integer_product(self, x: jax.Array, w: jax.Array, lead: tuple[object, ...]) -> jax.Array:
         """int8 `[*batch, ..., K]` times int8 `[*batch, *out, K]`: int32 `[*batch, ..., *out]`."""
         n_batch, n_out = len(self.batch_axes), len(self.out_axes)
@@ -162,17 +183,8 @@ class QuantisedLinear(Linear):
                 out_sharding=result_split(*lead, *spec(self.out_axes, gathered=True)),
             )  # fmt: skip
         # A product of two matrices, for the reason in `Linear._contract_flat`.
-        rows, outs = x.reshape(-1, x.shape[-1]), w.shape[:-1]
-        n_rows = rows.shape[0]
-        n_padded = jax.core.max_dim(n_rows, 2)  # a symbol in an exported program of any batch
-        if n_padded != n_rows:
-            # XLA:CPU turns the product with one vector into float code, 3 times slower than two.
-            padded = jnp.pad(rows, ((0, n_padded - n_rows), (0, 0)))
-            rows = jax.lax.optimization_barrier(padded)
-        y = jnp.einsum(
-            "ik,jk->ij", rows, w.reshape(-1, w.shape[-1]), preferred_element_type=jnp.int32
-        )
-        return y[:n_rows].reshape(*x.shape[:-1], *outs)
+        y = integer_matmul(x.reshape(-1, x.shape[-1]), w.reshape(-1, w.shape[-1]))
+        return y.reshape(*x.shape[:-1], *w.shape[:-1])
 
     def grouped(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """As `Linear.grouped`."""
@@ -186,6 +198,56 @@ class QuantisedLinear(Linear):
         expert = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")
         rows = stored.scales[..., 0].at[expert].get(mode="clip")
         return (y.astype(jnp.float32) * scales * rows).astype(x.dtype)
+
+
+def integer_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w.T` of int8 `[n, K]` and `[m, K]`, int32 `[n, m]`, on one device."""
+    n = x.shape[0]
+    n_padded = jax.core.max_dim(n, 2)  # a symbol in an exported program of any batch
+    if n_padded != n:
+        # XLA:CPU turns the product with one vector into float code, 3 times slower than two.
+        x = jax.lax.optimization_barrier(jnp.pad(x, ((0, n_padded - n), (0, 0))))
+    if not isinstance(n, int) or n > _FEW_ROWS:
+        return jnp.einsum("ik,jk->ij", x, w, preferred_element_type=jnp.int32)[:n]
+    # XLA:CPU reads w at the speed of memory if it stands on the left, else at 0.4 of it. Without
+    # the barrier it would exchange the sides to save the transpose.
+    y = jnp.einsum("jk,ik->ji", w, x, preferred_element_type=jnp.int32)
+    return jax.lax.optimization_barrier(y).T[:n]
+
+
+@jax.custom_jvp
+def digit_product(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """Floats times integers by products of integers, as exact as one of floats.
+
+    Each row of x is its largest magnitude times three digits to the base 254, which are rounded to
+    nearest and so from -127 to 127: off by 1/254^3 of that magnitude at most, about half the
+    distance of two float32 (the splitting of arXiv 2306.11975, for 8 bits).
+
+    Args:
+        x: `[n, K]` float32.
+        codes: `[m, K]` int8.
+
+    Returns:
+        `x @ codes.T`, `[n, m]` float32.
+    """
+    top = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    rest = x * (127 / jnp.where(top > 0, top, 1))
+    digits = []
+    for _ in range(3):
+        digits.append(jnp.round(rest))
+        rest = (rest - digits[-1]) * 254
+    # The barrier keeps the elementwise code out of the product, which would be no library's then.
+    left = jax.lax.optimization_barrier(jnp.concatenate(digits).astype(jnp.int8))
+    whole = integer_matmul(left, codes)
+    first, second, third = whole.astype(jnp.float32).reshape(3, x.shape[0], -1)
+    return (first + (second + third / 254) / 254) * (top / 127)
+
+
+@digit_product.defjvp
+def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]) -> Any:
+    """Linear in x; rounding has no slope."""
+    x, codes = primals
+    return digit_product(x, codes), tangents[0] @ codes.astype(jnp.float32).T
 
 
 class QuantisedEmbedding(Embedding):

@@ -60,7 +60,7 @@ def quantise[M](
             return leaf
         if isinstance(leaf, Embedding):
             return quantised_embedding(leaf, vocab, left.pop(name, None))
-        return quantised_linear(leaf, vocab if has_vocab(leaf) else spec, left.pop(name, None))
+        return quantised_linear(leaf, format_of(leaf, spec, vocab), left.pop(name, None))
 
     out: M = jax.tree_util.tree_map_with_path(one, model, is_leaf=is_matrix)
     if left:
@@ -71,6 +71,11 @@ def quantise[M](
 def vocab_spec(spec: QuantSpec) -> QuantSpec:
     """The usual format of embedding and head beside `spec`: 8 bits at least."""
     return spec if spec.bits == 8 else QuantSpec("int8")
+
+
+def format_of(matrix: Linear | Embedding, spec: QuantSpec, vocab: QuantSpec) -> QuantSpec:
+    """Which of the two formats of `quantise` is that of a matrix."""
+    return vocab if isinstance(matrix, Embedding) or has_vocab(matrix) else spec
 
 
 def is_matrix(node: Any) -> bool:

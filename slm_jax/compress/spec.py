@@ -6,8 +6,8 @@ from typing import Literal
 
 from slm_jax.errors import UserError
 
-Code = Literal["int8", "int4", "nf4"]
-BITS: dict[Code, int] = {"int8": 8, "int4": 4, "nf4": 4}
+Code = Literal["int8", "int4", "int3", "nf4"]
+BITS: dict[Code, int] = {"int8": 8, "int4": 4, "int3": 3, "nf4": 4}
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class QuantSpec:
     """One format of a weight matrix."""
 
     code: Code = "int8"
-    """Symmetric integers of 8 or 4 bits, or the 16 levels of NF4 (arXiv 2305.14314)."""
+    """Symmetric integers of 8, 4 or 3 bits, or the 16 levels of NF4 (arXiv 2305.14314)."""
     group: int | None = None
     """Inputs that share a scale; `None`: all inputs of an output do."""
     activations: Literal["float", "int8"] = "float"
@@ -29,7 +29,7 @@ class QuantSpec:
         if self.activations == "int8" and (self.group is not None or self.code == "nf4"):
             raise UserError(
                 f"activations='int8' with {self.code} and group={self.group}: an integer product "
-                "needs integer codes with one scale an output: choose w8a8 or w4a8"
+                "needs integer codes with one scale an output: choose w8a8, w4a8 or w3a8"
             )
 
     @property
@@ -46,18 +46,18 @@ class QuantSpec:
 
 
 def parse_spec(name: str) -> QuantSpec:
-    """The format called `w8`, `w8a8`, `w4`, `w4a8`, `w4g32`, `nf4g64` and so on.
+    """The format called `w8`, `w8a8`, `w4`, `w4a8`, `w4g32`, `w3g32`, `nf4g64` and so on.
 
     Raises:
         UserError: if there is no such format.
     """
-    match = re.fullmatch(r"(w8|w4|nf4)(a8)?(?:g([0-9]{1,6}))?", name)
+    match = re.fullmatch(r"(w8|w4|w3|nf4)(a8)?(?:g([0-9]{1,6}))?", name)
     if match is None:
         raise UserError(
-            f"spec={name!r} is no format: give w8, w4 or nf4, then a8 for integer products or gN "
-            "for groups of N inputs, as in w8a8, w4g32, nf4g64"
+            f"spec={name!r} is no format: give w8, w4, w3 or nf4, then a8 for integer products or "
+            "gN for groups of N inputs, as in w8a8, w4g32, nf4g64"
         )
-    codes: dict[str, Code] = {"w8": "int8", "w4": "int4", "nf4": "nf4"}
+    codes: dict[str, Code] = {"w8": "int8", "w4": "int4", "w3": "int3", "nf4": "nf4"}
     code, activations, group = match.groups()
     return QuantSpec(
         codes[code], None if group is None else int(group), "int8" if activations else "float"

@@ -22,6 +22,13 @@ class SparseTable(nnx.Variable):
     """
 
 
+class StepSize(nnx.Param):
+    """The step of the grid that weights are rounded to (`slm_jax.compress.qat`): positive.
+
+    Trained, and an update multiplies it: where another parameter goes by u, it goes by exp(u).
+    """
+
+
 def is_variable(node: Any) -> bool:
     """Whether `node` is a leaf of a model; for `is_leaf=` of `jax.tree.map`."""
     return isinstance(node, nnx.Variable)
@@ -43,6 +50,15 @@ def parameter(
         matrix: how many of the last axes are inputs and outputs of a linear map (Muon).
     """
     return nnx.Param(value, axes=axes, decay=decay, matrix=matrix)
+
+
+def changed(module: Any, **changes: Any) -> Any:
+    """A copy of `module` with some attributes replaced: modules are never mutated."""
+    leaves, tree = jax.tree.flatten(module)
+    copy = jax.tree.unflatten(tree, leaves)
+    for name, value in changes.items():
+        setattr(copy, name, value)
+    return copy
 
 
 def named_leaves(tree: Any) -> dict[str, nnx.Variable]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from slm_jax.compress.qat import QATConfig, learned, rounded, with_steps
 from slm_jax.data import (
     Corpus,
     DataConfig,
@@ -26,8 +27,9 @@ from slm_jax.models.loss import next_token_loss
 from slm_jax.nn.moe import MoEConfig
 from slm_jax.parallel import MeshConfig, local_rows, make_mesh, shard_batch
 from slm_jax.train import folder
-from slm_jax.train.checkpoint import restore_weights
+from slm_jax.train.checkpoint import CHECKPOINTS_FOLDER, restore_weights
 from slm_jax.train.goodput import Goodput
+from slm_jax.train.initial import check_source, with_weights_of
 from slm_jax.train.loop import LoopConfig, train
 from slm_jax.train.metrics import bits_per_byte
 from slm_jax.train.optimizer import OptimizerConfig, ScheduleConfig
@@ -68,6 +70,10 @@ class Experiment:
     ninth. With a constant learning rate it makes a run good at every length."""
     eval_tokens: int | None = None
     """Held-out tokens an evaluation reads; all by default."""
+    qat: QATConfig = QATConfig()
+    """Train for fewer bits."""
+    init_from: Path | None = None
+    """Begin with the weights of another run, or of a Hugging Face folder, of the same model."""
     seed: int = 0
     """Source of all randomness: weights, data order, noise."""
     mesh: MeshConfig = MeshConfig()
@@ -146,11 +152,19 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
             f"model.vocab_size={config.model.vocab_size} is smaller than the "
             f"{corpus.tokenizer.vocab_size} tokens of {corpus.tokenizer.name}: raise it"
         )
+    if config.qat.steps_before >= config.steps:
+        raise UserError(
+            f"qat.via={config.qat.via} at qat.via_steps={config.qat.via_steps} takes all of "
+            f"steps={config.steps}: leave some for {config.qat.spec}"
+        )
     identity = _identity(config, corpus)
     free = _free(config)
     found = folder.agree_on_folder(config.out, identity, free=free, overwrite=config.overwrite)
     if found is not None:
         return Result(**found)
+    begun = (config.out / CHECKPOINTS_FOLDER).is_dir() and not config.overwrite
+    if config.init_from is not None and not begun:
+        check_source(config.init_from, config.model, corpus.tokenizer, out=config.out)
     mesh = make_mesh(config.mesh)
     with goodput.part("compile"):
         program = compile_program(config, mesh)
@@ -175,6 +189,7 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
         config=config.loop,
         evaluate=functools.partial(evaluate, config, corpus, mesh),
         derive=_derived(config, corpus, mesh),
+        begin=functools.partial(_begin, config),
         facts={"config": identity},
         goodput=goodput,
     )
@@ -191,6 +206,13 @@ def run(config: Experiment, corpus: Corpus | None = None) -> Result:
         goodput=goodput.write(),
     )
     return Result(**folder.write_result(config.out, asdict(result)))
+
+
+def _begin(config: Experiment, state: TrainState) -> TrainState:
+    """The state before the first step, from that of the seed."""
+    if config.init_from is None:
+        return state
+    return with_weights_of(config.init_from, config.model, config.qat, state)
 
 
 def find_result(config: Experiment, corpus: Corpus) -> Result | None:
@@ -222,7 +244,13 @@ def rows_add_up(model: LMConfig) -> bool:
 
 def _identity(config: Experiment, corpus: Corpus) -> dict[str, Any]:
     """What a run folder says of its run."""
-    return to_json(config) | {
+    given = to_json(config)
+    # What a run does not use is not said: runs of before there was a choice are the same.
+    if not config.qat.on:
+        del given["qat"]
+    if config.init_from is None:
+        del given["init_from"]
+    return given | {
         "data_fingerprint": corpus.fingerprint,
         "tokenizer_fingerprint": corpus.tokenizer.fingerprint,
     }
@@ -236,6 +264,7 @@ def step_inputs(config: Experiment) -> tuple[StepConfig, BatchShapes]:
         config.accumulate,
         config.ema_decay,
         config.tail_average,
+        config.qat,
     )
     shape = (config.batch_size, config.seq_len)
     ints = [(name, shape, np.int32) for name in ("tokens", "targets", "segments", "positions")]
@@ -250,7 +279,10 @@ def compile_program(config: Experiment, mesh: Mesh) -> Program:
 
 
 def evaluate(config: Experiment, corpus: Corpus, mesh: Mesh, state: TrainState) -> dict[str, float]:
-    """Held-out loss in nats a token and bits a byte, of the weights and of their average."""
+    """Held-out loss in nats a token and bits a byte, of the weights and of their average.
+
+    Of a model trained for fewer bits it is the loss in these bits, at any time of the run.
+    """
     batch_size = config.batch_size // config.accumulate
     batches = valid_batches(
         corpus,
@@ -259,7 +291,7 @@ def evaluate(config: Experiment, corpus: Corpus, mesh: Mesh, state: TrainState) 
         max_tokens=config.eval_tokens,
         rows=local_rows(mesh, batch_size),
     )
-    score = _scorer(config.objective.chunk)
+    score = _scorer(config.objective.chunk, config.qat)
     models = {"valid_loss": state.model}
     if state.ema is not None:
         models["valid_loss_ema"] = state.ema
@@ -277,10 +309,10 @@ def evaluate(config: Experiment, corpus: Corpus, mesh: Mesh, state: TrainState) 
 
 
 @functools.cache
-def _scorer(chunk: int | None) -> Any:
+def _scorer(chunk: int | None, qat: QATConfig) -> Any:
     @jax.jit
     def score(model: LM, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        total, weight, _ = next_token_loss(model, batch, chunk=chunk)
+        total, weight, _ = next_token_loss(rounded(model, qat), batch, chunk=chunk)
         return total, weight
 
     return score
@@ -332,10 +364,34 @@ def load_run_tokenizer(out: Path) -> Tokenizer:
 def load_model(out: Path, *, ema: bool = False) -> tuple[LM, Experiment]:
     """The newest weights of the run in `out`, on the first device, and its configuration.
 
+    Of a run that trains for fewer bits they are the numbers that its codes stand for.
+
     Raises:
         UserError: if there is no run, no checkpoint, or no average of the weights.
     """
+    model, config = _trained(out, ema=ema)
+    return (
+        jax.jit(rounded, static_argnums=1)(model, config.qat) if config.qat.on else model
+    ), config
+
+
+def load_learned(out: Path, *, ema: bool = False) -> tuple[LM, Experiment]:
+    """As `load_model` of a run that trains for fewer bits: the quantised model, with its codes.
+
+    Raises:
+        UserError: as `load_model`, or if the run trains floats.
+    """
+    model, config = _trained(out, ema=ema)
+    if not config.qat.on:
+        raise UserError(f"run={out} trains floats (qat.spec=None): there are no codes to load")
+    return jax.jit(learned, static_argnums=1)(model, config.qat), config
+
+
+def _trained(out: Path, *, ema: bool) -> tuple[LM, Experiment]:
+    """The model as the optimiser has it: with step sizes, if they are trained."""
     config = load_experiment(out)
     if ema and config.ema_decay is None and config.tail_average is None:
         raise UserError(f"ema=True: the run in {out} keeps no average of its weights")
-    return restore_weights(out, lambda key: LM(config.model, key), ema=ema), config
+    return restore_weights(
+        out, lambda key: with_steps(LM(config.model, key), config.qat), ema=ema
+    ), config

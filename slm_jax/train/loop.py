@@ -126,6 +126,7 @@ def train(
     config: LoopConfig,
     evaluate: Callable[[TrainState], dict[str, float]],
     derive: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values,
+    begin: Callable[[TrainState], TrainState] = lambda state: state,
     table_schedule: ScheduleConfig | None = None,
     count: Count = TOKENS,
     facts: dict[str, Any] | None = None,
@@ -149,6 +150,7 @@ def train(
         config: intervals of logging, evaluation and checkpoints.
         evaluate: maps a state to numbers for the log.
         derive: adds quantities (bits per byte, MFU) to a step's record.
+        begin: what the first state becomes before the first step: other weights.
         table_schedule: learning rate of sparse tables, exactly if the program was compiled with
             an `OptimizerConfig.table_decay`.
         count: what the speed is measured in.
@@ -174,7 +176,7 @@ def train(
         start, evaluated = 0, True
         with goodput.part("restart"):
             if checkpoints.latest() is None:
-                state = program.init(np.uint32(seed))
+                state = begin(program.init(np.uint32(seed)))
             else:
                 restored = checkpoints.restore(program.state)
                 start, state = restored.step, restored.state

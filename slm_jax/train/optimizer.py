@@ -13,7 +13,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from slm_jax.errors import UserError
-from slm_jax.nn.module import SparseTable, is_variable, named_leaves
+from slm_jax.nn.module import SparseTable, StepSize, is_variable, named_leaves
 from slm_jax.nn.parametrization import UpdateScale, update_scale
 from slm_jax.parallel.rules import has_mesh
 
@@ -195,7 +195,8 @@ def _scale_each(factor: Callable[[nnx.Variable], float]) -> optax.GradientTransf
 
 def _update_factor(optimizer: str, v: nnx.Variable) -> float:
     scale = update_scale(v)
-    return scale.muon if optimizer == "muon" and _muon_axes(v) is not None else scale.adam
+    muon = isinstance(v, StepSize) or _muon_axes(v) is not None
+    return scale.muon if optimizer == "muon" and muon else scale.adam
 
 
 def _muon_axes(v: nnx.Variable) -> MuonDimensionNumbers | None:

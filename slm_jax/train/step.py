@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from slm_jax.compress.qat import QATConfig, rounded, with_steps
 from slm_jax.errors import UserError
-from slm_jax.nn.module import SparseTable, is_variable
+from slm_jax.nn.module import SparseTable, StepSize, is_variable
 from slm_jax.parallel.rules import (
     batch_parts,
     current_rules,
@@ -83,6 +84,7 @@ class StepConfig(NamedTuple):
         accumulate: microbatches a step; their gradients are summed.
         ema_decay: decay of an exponential moving average of the weights, or `None`.
         tail_average: exponent of a polynomial average in its place (`average_rate`), or `None`.
+        qat: which weights the loss sees rounded, and to how many bits.
     """
 
     task: Task
@@ -90,6 +92,7 @@ class StepConfig(NamedTuple):
     accumulate: int = 1
     ema_decay: float | None = None
     tail_average: float | None = None
+    qat: QATConfig = QATConfig()
 
     @property
     def averages(self) -> bool:
@@ -100,6 +103,7 @@ class StepConfig(NamedTuple):
 def init_state(config: StepConfig, seed: jax.Array) -> TrainState:
     """The state before the first step; traceable. `seed` is `[]` uint32."""
     model, carry = config.task.init(jax.random.key(seed))
+    model = with_steps(model, config.qat)
     optimizer = make_optimizer(config.optimizer, model).init(model)
     # A copy: model and average are donated to the step as two buffers.
     ema = jax.tree.map(jnp.copy, model) if config.averages else None
@@ -132,6 +136,7 @@ def train_step(
     key = jax.random.fold_in(noise, state.step)
 
     def objective(model: Any, micro: Batch, carry: Any, key: jax.Array) -> Any:
+        model = rounded(model, config.qat, state.step)
         loss, aux, carry = task.loss(model, micro, carry, key)
         return loss.total, (loss.weight, aux, carry)
 
@@ -174,6 +179,8 @@ def train_step(
 
     def moved(old: nnx.Variable, d: nnx.Variable) -> nnx.Variable:
         own = table_rate if isinstance(old, SparseTable) else rate
+        if isinstance(old, StepSize):
+            return jax.tree.map(lambda p, d: p * jnp.exp(-own * d), old, d)
         return jax.tree.map(lambda p, d: p - own * d, old, d)
 
     model = jax.tree.map(moved, state.model, direction, is_leaf=is_variable)

@@ -79,8 +79,8 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
-def rewrite(folder: Path, **changes) -> None:
-    file = folder / MANIFEST
+def rewrite(folder: Path, manifest: str = MANIFEST, **changes) -> None:
+    file = folder / manifest
     data = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
 
@@ -116,12 +116,12 @@ def test_broken_manifests_are_refused(copy: Path) -> None:
     assert "cannot be read" in refusal(copy)
 
 
-def with_weights(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+def with_weights(folder: Path, arrays: dict[str, np.ndarray], manifest: str = MANIFEST) -> None:
     """Other weights, and a manifest that vouches for them."""
     save_file(arrays, folder / WEIGHTS)
-    sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+    sums = json.loads((folder / manifest).read_text())["sha256"]
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    rewrite(folder, sha256=sums | {WEIGHTS: digest})
+    rewrite(folder, manifest, sha256=sums | {WEIGHTS: digest})
 
 
 def test_arrays_that_are_not_the_models_are_refused(copy: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slm_jax.compress.codes import round_tokens
-from slm_jax.compress.linear import quantised_embedding, quantised_linear
+from slm_jax.compress.linear import digit_product, quantised_embedding, quantised_linear
 from slm_jax.compress.spec import parse_spec
 from slm_jax.errors import UserError
 from slm_jax.nn.linear import Embedding, Linear
@@ -191,3 +191,36 @@ def test_sums_that_int32_may_not_hold_are_refused() -> None:
     )
     with pytest.raises(UserError, match="133153 inputs: the sum of so many int8 products"):
         jax.eval_shape(abstract)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 70])
+def test_products_of_digits_are_as_exact_as_float32(n_rows: int) -> None:
+    """Rows of all magnitudes, one of zeros in the middle of them, one with an outlier."""
+    k = 300
+    x = RNG.normal(size=(n_rows, k)).astype(np.float32) * 10.0 ** RNG.integers(-30, 30, (n_rows, 1))
+    x[n_rows // 2] *= n_rows == 1
+    x[0, 7] *= 1000
+    x = x.astype(np.float32)
+    w = RNG.integers(-127, 128, (40, k)).astype(np.int8)
+    got = np.asarray(jax.jit(digit_product)(x, w), np.float64)
+    bound = 2e-7 * np.abs(x).max(1, keepdims=True) * np.abs(np.float64(w)).sum(1)
+    assert np.all(np.abs(got - np.float64(x) @ np.float64(w).T) <= bound)
+
+
+def test_weight_only_is_one_product_of_integers_on_a_cpu_and_has_a_gradient() -> None:
+    layer = quantised_linear(linear("embed -> mlp", embed=64, mlp=96), parse_spec("w8"))
+    x = RNG.normal(size=(3, 64)).astype(np.float32)
+    text = jax.jit(lambda layer, x: layer(x)).lower(layer, x).compile().as_text()
+    assert re.findall(r"= (\w+)\[[^\]]*\]\S* dot\(", text) == ["s32"], text
+    got = jax.grad(lambda x: jnp.sum(layer(x) * jnp.arange(96.0)))(x)
+    want = np.asarray(layer.w.floats()).T @ np.arange(96.0)
+    np.testing.assert_allclose(got, np.broadcast_to(want, (3, 64)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n_in", "integers"), [(64, True), (2**31 // 127**2 + 1, False)])
+def test_sums_that_int32_may_not_hold_are_not_made_of_digits(n_in: int, integers: bool) -> None:
+    layer = jax.eval_shape(
+        lambda layer: quantised_linear(layer, parse_spec("w8")), linear("embed -> mlp", embed=n_in)
+    )
+    x = jax.ShapeDtypeStruct((2, n_in), jnp.float32)
+    assert ("i32" in str(jax.make_jaxpr(lambda layer, x: layer(x))(layer, x))) == integers

@@ -1,5 +1,6 @@
 """Cached, batched, left-padded generation against plain forward passes."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from slm_jax.errors import UserError
-from slm_jax.infer import Sampling, generate, stream
+from slm_jax.infer import Sampling, generate, stream, unrolled
 from slm_jax.infer.step import decode, left_pad, prefill
 from slm_jax.models.lm import LM
+from slm_jax.models.recursion import RecursionConfig
 from slm_jax.nn.kv_cache import KVCache
 from slm_jax.parallel import MeshConfig, make_mesh, shard_batch, shardings
 from tests.nn.tiny import VOCAB, WINDOW, tiny_lm, tokens
@@ -285,3 +287,33 @@ def test_state_is_split_over_devices_as_the_rows_are(name: str) -> None:
         got, _ = decode(split, rows["fed"], places, state)
     assert got.sharding.shard_shape(got.shape) == (1, VOCAB)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", *slowly("moe", "mamba", "hybrid")])
+def test_unrolled_layers_give_the_same_tokens(name: str) -> None:
+    model = unrolled(model_of(name))
+    assert not model.blocks
+    assert len(model.tail) == model.config.n_layers
+    got = generate(model, PROMPTS, max_new_tokens=NEW, sampling=GREEDY, key=KEY, slots=2)
+    for mine, whole in zip(got, greedy(name), strict=True):
+        np.testing.assert_array_equal(mine, whole)
+
+
+def test_unrolled_decoding_copies_no_weight_and_no_cache() -> None:
+    """One product a matrix and token, and every cache is written where it is."""
+    model = unrolled(model_of("dense"))
+    state = model.init_state(1, 32)
+    now = np.array([3], np.int32)
+    text = decode.lower(model, now, now, state).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    assert " copy(" not in entry
+    assert "dynamic-slice(" not in entry
+    assert text.count("may-alias") + text.count("must-alias") == len(jax.tree.leaves(state))
+
+
+def test_layers_that_repeat_are_not_unrolled() -> None:
+    model = jax.eval_shape(
+        lambda: LM(replace(model_of("dense").config, recursion=RecursionConfig(0, 1)), KEY)
+    )
+    with pytest.raises(UserError, match="layers repeat"):
+        unrolled(model)

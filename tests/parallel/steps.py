@@ -1,10 +1,11 @@
 """Run by test_steps.py in a process of its own, so that XLA's log can be read.
 
-    python steps.py STEPS ARCHITECTURE:MESH,MESH/ACCUMULATE,... ...
+    python steps.py STEPS ARCHITECTURE[+FORMAT]:MESH,MESH/ACCUMULATE,... ...
 
-Trains a tiny model on eight fake devices, or on one where the mesh is "one". For every run it
-writes a line to stderr, which what XLA logs then follows, and a JSON object to stdout: loss and
-gradient norm of every step, and how many collectives of each kind a step runs.
+Trains a tiny model on eight fake devices, or on one where the mesh is "one", for fewer bits where
+a format of `QATConfig` is given. For every run it writes a line to stderr, which what XLA logs then
+follows, and a JSON object to stdout: loss and gradient norm of every step, and how many collectives
+of each kind a step runs.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from slm_jax.compress.qat import QATConfig
 from slm_jax.models.lm import LMConfig
 from slm_jax.models.trm import TRMConfig
 from slm_jax.nn.attention import AttentionConfig
@@ -90,8 +92,10 @@ def batches(architecture: str, steps: int) -> list[dict[str, np.ndarray]]:
 def train(architecture: str, name: str, steps: int) -> dict[str, Any]:
     """Losses, gradient norms and collectives of a run."""
     name, _, accumulate = name.partition("/")
+    architecture, _, bits = architecture.partition("+")
     task = task_of(architecture, accumulate=bool(accumulate))
-    config = StepConfig(task, OptimizerConfig(), int(accumulate or 1))
+    qat = QATConfig(bits or None)
+    config = StepConfig(task, OptimizerConfig(), int(accumulate or 1), qat=qat)
     if name == "one":
         mesh = make_mesh(parse_mesh("data1"), jax.devices()[:1])
     else:

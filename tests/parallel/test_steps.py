@@ -22,6 +22,8 @@ RUNS = {
     "mamba": (*MESHES, "one/4"),
     "hybrid": (*MESHES, "one/4", "sequence2-expert2-tensor2"),
     "trm": (*MESHES[:-1], "one/4"),
+    "dense+w4g8": ("fsdp8", "tensor4-data2", "one/4"),
+    "moe+w4": ("expert4-fsdp2",),
 }
 
 
@@ -68,6 +70,13 @@ def assert_golden(name: str, found: list) -> None:
 def test_three_steps_of_every_layer_on_a_mesh_of_every_kind() -> None:
     found = train(3, "hybrid", ("one", "sequence2-expert2-tensor2"))
     check("hybrid", "sequence2-expert2-tensor2", found)
+
+
+@pytest.mark.slow
+def test_three_steps_with_rounded_activations() -> None:
+    """Not more: sooner or later a last bit decides how an activation is rounded."""
+    found = train(3, "moe+w8a8", ("one", "tensor4-data2"))
+    check("moe+w8a8", "tensor4-data2", found)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ sets one class apart from another is one entry in `families.FAMILIES`.
 
 from slm_jax.models.hf.configs import config_from_hf, config_to_hf
 from slm_jax.models.hf.families import FAMILIES
-from slm_jax.models.hf.io import HFTokenizer, load_hf, save_hf
+from slm_jax.models.hf.io import HFTokenizer, is_hf, load_hf, save_hf
 from slm_jax.models.hf.tensors import tensor_map, to_hf
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "HFTokenizer",
     "config_from_hf",
     "config_to_hf",
+    "is_hf",
     "load_hf",
     "save_hf",
     "tensor_map",

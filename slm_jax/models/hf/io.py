@@ -24,6 +24,14 @@ _FLOATS = ("F32", "F16", "BF16")
 _DERIVED = "rotary_emb.inv_freq"
 
 
+def is_hf(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face model."""
+    try:
+        return "model_type" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # who reads the folder says what is wrong
+
+
 class HFTokenizer(Protocol):
     """What `save_hf` needs of a tokenizer."""
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from slm_jax.models.lm import LM, LMConfig
 from slm_jax.models.loss import next_token_loss
+from slm_jax.nn.module import changed
 from slm_jax.nn.moe import MoE, balanced_bias
 from slm_jax.train.task import Loss
 
@@ -63,32 +64,23 @@ class LMTask:
             if moe.bias is None:
                 return moe
             bias = balanced_bias(moe.bias[...], load, self.objective.bias_rate)
-            return _with(moe, bias=moe.bias.replace(bias))
+            return changed(moe, bias=moe.bias.replace(bias))
 
         def block(old: Any, layers: list[int], stacked: bool) -> Any:
             if not isinstance(old.channel, MoE):
                 return old
             loads = [load_of[i] for i in layers]
             load = jnp.stack(loads) if stacked else loads[0]
-            return _with(old, channel=moved(old.channel, load))
+            return changed(old, channel=moved(old.channel, load))
 
         blocks = [
             block(b, [r * period + p for r in range(repeats)], True)
             for p, b in enumerate(model.blocks)
         ]
         tail = [block(b, [repeats * period + i], False) for i, b in enumerate(model.tail)]
-        return _with(model, blocks=nnx.List(blocks), tail=nnx.List(tail))
+        return changed(model, blocks=nnx.List(blocks), tail=nnx.List(tail))
 
 
 def _is_moe(config: LMConfig, layer: int) -> bool:
     channel = config.layer(layer).channel
     return channel is not None and hasattr(channel, "n_experts")
-
-
-def _with(module: Any, **changes: Any) -> Any:
-    """A copy of `module` with some attributes replaced: modules are never mutated."""
-    leaves, tree = jax.tree.flatten(module)
-    copy = jax.tree.unflatten(tree, leaves)
-    for name, value in changes.items():
-        setattr(copy, name, value)
-    return copy
