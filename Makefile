@@ -92,8 +92,8 @@ compile-kernels: $(STAMP) libtpu cuda ## compile every kernel for every TPU and 
 compile-configs: $(STAMP) libtpu cuda ## compile every experiment of every file in tpu_configs (half an hour)
 	@$(PYTHON) -m pytest tests/plan/test_full_size.py $(ARGS)
 
-profile-kernels: $(STAMP) libtpu cuda ## simulate the kernels on TPUs, count what they are on GPUs
-	@$(PYTHON) -m slm_kernels.profile $(or $(ARGS),attention)
+profile-kernels: $(STAMP) libtpu cuda ## fill the table of kernels/README.md, or profile a kernel by ARGS
+	@$(PYTHON) -m slm_kernels.profile $(or $(ARGS),--table kernels/README.md)
 
 golden-env: .golden-env/.stamp ## make the environment that writes the golden files
 

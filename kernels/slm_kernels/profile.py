@@ -25,13 +25,16 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
+from slm_kernels import table as compare
 from slm_kernels.aot import TARGETS, Job, Target, compile_jobs, gpu, simulate
 from slm_kernels.aot.compile import PallasCall
 from slm_kernels.aot.gpu_targets import GPU_TARGETS, Kernel
 from slm_kernels.cases import CASES, Work
+from slm_kernels.cases.case import PUBLIC
+from slm_kernels.search import search
 
 _UNITS = ("MXU", "VALU", "EUP")
 
@@ -118,7 +121,12 @@ def kernel_row(
 
 
 def profile(
-    case: str, target: str, shape: Mapping[str, int], implementation: str, backward: bool
+    case: str,
+    target: str,
+    shape: Mapping[str, int],
+    implementation: str,
+    backward: bool,
+    skip: int = 0,
 ) -> list[Row]:
     """Compiles and simulates one program.
 
@@ -126,8 +134,9 @@ def profile(
         case: a key of `CASES`.
         target: a key of `TARGETS`.
         shape: size of each axis.
-        implementation: of the operation, or `"jax"`.
+        implementation: of the operation, or a public one that the case has in `against`.
         backward: forward and backward.
+        skip: of the program's Pallas kernels, leave out so many at its beginning.
 
     Returns:
         A row a Pallas kernel, one for what XLA adds if it adds something, and the whole. A share
@@ -143,7 +152,7 @@ def profile(
     if program.error:
         raise ValueError(f"kernel={case!r} does not compile for {target}: {program.error}")
     rows = []
-    for i, call in enumerate(program.calls):
+    for i, call in list(enumerate(program.calls))[skip:]:
         job = Job(case, shape, implementation, backward, kernel=i)
         work = Work()
         if implementation == "tpu":
@@ -157,6 +166,36 @@ def profile(
         name = f"{len(rest)} XLA operation{'s' if len(rest) > 1 else ''}"
         rows.append(Row(name, cycles=cycles, microseconds=cycles / chip.clock * 1e6))
     return [*rows, _whole(rows, least, chip)]
+
+
+def measure(line: compare.Line) -> compare.Cell:
+    """Simulates a line of the table: the Pallas kernels alone, or else all operations."""
+    chip, shape = TARGETS[line.target], compare.shape(line)
+    least, skip = CASES[line.case].work(shape, line.backward), 0
+    if line.backward:
+        there = CASES[line.case].work(shape, False)
+        least = Work(*(a - b for a, b in zip(astuple(least), astuple(there), strict=True)))
+        skip = 1  # the kernel of the forward pass
+    use = line.case, line.target, shape, line.implementation, line.backward, skip
+    try:
+        *rows, _ = profile(*use)
+    except ValueError as e:
+        return compare.Cell(error=str(e))
+    rows = [r for r in rows if r.bound is not None or r.bundles is not None] or rows
+    if any(not r.cycles or r.microseconds is None for r in rows):
+        return compare.Cell(error=next((r.error for r in rows if r.error), ""))
+    time = sum((r.microseconds or 0) * r.runs for r in rows)
+    floor, bound = roofline(least, chip)
+    known = [r for r in rows if r.hbm_bytes is not None]
+    return compare.Cell(
+        cycles=sum((r.cycles or 0) * r.runs for r in rows),
+        microseconds=time,
+        hbm_bytes=sum((r.hbm_bytes or 0) * r.runs for r in known) if known else None,
+        least_bytes=least.bytes,
+        share=floor * 1e6 / time,
+        bound=bound,
+        spills=" + ".join(f"{r.spills}/{r.bundles}" for r in rows if r.bundles) or None,
+    )
 
 
 def _simulated(target: str, job: Job, call: PallasCall, work: Work) -> Row:
@@ -249,17 +288,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m slm_kernels.profile", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("kernel", choices=CASES, help="what to profile (slm_kernels.cases)")
+    parser.add_argument("kernel", choices=CASES, nargs="?", help="a case of slm_kernels.cases")
     parser.add_argument(
         "--target", choices=[*TARGETS, *GPU_TARGETS], default="v5e", help="(default v5e)"
     )
     parser.add_argument("--shape", nargs="+", default=[""], metavar="S=4096,D=128", help="sizes")
-    parser.add_argument("--against", choices=("jax", "xla"), help="profile this one too")
+    parser.add_argument("--against", choices=("xla", *PUBLIC), help="profile this one too")
+    parser.add_argument(
+        "--block-sizes", choices=("search",), help="simulate the case's candidates, store the best"
+    )
     parser.add_argument("--backward", action="store_true", help="forward and gradients")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="fill the table there (slm_kernels.table)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     args = parser.parse_args(argv)
+    if (args.kernel is None) == (args.table is None):
+        parser.error("want a kernel, or --table FILE")
     try:
-        results = _run(args)
+        if args.table is not None:
+            compare.write(args.table, measure)
+        results = [] if args.table is not None else _run(args)
     except (ValueError, FileNotFoundError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
@@ -274,9 +323,14 @@ def _run(args: argparse.Namespace) -> list[dict[str, object]]:
     shapes = [parse_shape(text, CASES[args.kernel].shape) for text in args.shape]
     results: list[dict[str, object]] = []
     on_gpu = args.target in GPU_TARGETS
-    if on_gpu and args.against == "jax":
-        raise ValueError("against='jax': its kernels are for TPUs: choose 'xla', or a TPU")
+    if on_gpu and (args.against in PUBLIC or args.block_sizes):
+        wrong = "block-sizes='search'" if args.block_sizes else f"against={args.against!r}"
+        raise ValueError(f"{wrong}: only for TPUs: choose another target than {args.target}")
     for shape in shapes:
+        if args.block_sizes:
+            entry = search(args.kernel, args.target, shape, args.backward)
+            results.append(asdict(entry))
+            continue
         for implementation in ["gpu" if on_gpu else "tpu", *filter(None, [args.against])]:
             use = args.kernel, args.target, shape, implementation, args.backward
             rows: Sequence[Row] | Sequence[Kernel]

@@ -3,14 +3,12 @@
 What compiled is remembered under .cache/aot until the kernels' sources, jax or libtpu change.
 """
 
-import hashlib
-import importlib.metadata
 from pathlib import Path
 
-import jax
 import pytest
 from slm_kernels.aot import TARGETS, Job, Record, compile_jobs, find_libtpu
 from slm_kernels.aot.compile import _why
+from slm_kernels.aot.sources import fingerprint
 from slm_kernels.cases import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -22,35 +20,20 @@ JOBS = [
 ]
 
 
-def _key(target: str, libtpu: Path) -> str:
-    """Hash of all that decides whether the kernels compile."""
-    digest = hashlib.sha256()
-    (version,) = (
-        d.version
-        for d in importlib.metadata.distributions(path=[str(libtpu)])
-        if d.name == "libtpu"
-    )
-    digest.update(f"{target} {jax.__version__} {version}".encode())
-    for source in sorted((ROOT / "kernels" / "slm_kernels").rglob("*.py")):
-        digest.update(source.relative_to(ROOT).as_posix().encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:32]
-
-
 @pytest.fixture(scope="module", params=TARGETS)
 def failures(request: pytest.FixtureRequest) -> dict[tuple[str, bool], str]:
     """Why a case, forward (false) or backward (true), has no program with kernels of ours."""
     target = request.param
     try:
-        libtpu = find_libtpu()
+        key = fingerprint(target)
     except FileNotFoundError as e:
         pytest.skip(str(e))
-    key = _key(target, libtpu)
     seal = ROOT / ".cache" / "aot" / key
     if seal.exists():
         return {}
     found = {(r.job.case, r.job.backward): _failure(r) for r in compile_jobs(target, JOBS)}
     # Not if a source was edited meanwhile.
-    if not any(found.values()) and key == _key(target, libtpu):
+    if not any(found.values()) and key == fingerprint(target):
         seal.parent.mkdir(parents=True, exist_ok=True)
         seal.touch()
     return found

@@ -166,7 +166,9 @@ def test_shape() -> None:
 
 def test_jax_has_no_scan() -> None:
     case = CASES["scan"]
-    with pytest.raises(ValueError, match="jax ships no kernel for this case: choose 'xla'"):
+    with pytest.raises(
+        ValueError, match="against='jax': not known for this case: choose from 'xla'"
+    ):
         case.build(case.shape, "jax", backward=False)
 
 

@@ -32,6 +32,7 @@ class Job:
         implementation: of the operation, or `"jax"` for the kernel that jax ships.
         backward: forward and backward.
         kernel: compile nothing but this one of the program's Pallas calls, operands in HBM.
+        blocks: block sizes by kernel, instead of those that the kernels choose.
     """
 
     case: str
@@ -39,6 +40,7 @@ class Job:
     implementation: str = "tpu"
     backward: bool = False
     kernel: int | None = None
+    blocks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def _compile(target: str, job: Job) -> dict[str, Any]:
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+    from slm_kernels import block_sizes
     from slm_kernels.cases import CASES
 
     start = time.perf_counter()
@@ -217,7 +220,7 @@ def _compile(target: str, job: Job) -> dict[str, Any]:
 
     try:
         # The abstract mesh tells Pallas which chip it compiles for.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), block_sizes.trying(job.blocks):
             function, arguments = CASES[job.case].build(job.shape, job.implementation, job.backward)
             program = jax.jit(function).trace(**place(arguments))
             equations = list(_pallas_equations(program.jaxpr.jaxpr))

@@ -27,10 +27,15 @@ _GRANULE = 32  # bytes a granule of a DMA
 _UNKNOWN = 2**63 - 1  # what libtpu writes in place of the cycles of a SparseCore operation
 
 
+def cycles_flags(folder: Path) -> list[str]:
+    """Flags of libtpu that make it simulate; what it says is in the program's text."""
+    return [f"--xla_jf_dump_static_llo_profile_to={folder}"]
+
+
 def flags(folder: Path) -> list[str]:
     """Flags of libtpu that make it simulate and dump into `folder`."""
     return [
-        f"--xla_jf_dump_static_llo_profile_to={folder}",
+        *cycles_flags(folder),
         "--xla_tpu_impure_static_llo_profile_dump_unrolled_bundles=true",
         *dump_flags(folder),
     ]

@@ -1,5 +1,6 @@
 """The TPUs that kernels are compiled for, their ceilings, and where the compiler is found."""
 
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ class Target:
 
     Attributes:
         topology: smallest slice that libtpu describes; kernels are compiled for one device of it.
+        kind: what jax calls the device.
         clock: cycles a second. Google publishes none: the peak divided by what the matrix units
             do in a cycle (4 units of 128 x 128 on v5e and each v5p core, 2 of 256 x 256 on v6e
             and tpu7x).
@@ -21,6 +23,7 @@ class Target:
     """
 
     topology: str
+    kind: str
     clock: float
     flops: float
     bandwidth: float
@@ -41,15 +44,27 @@ class Target:
 # architecture" pages of the Cloud TPU documentation. Slots: the header of libtpu's table of slot
 # use, the same on all four.
 TARGETS = {
-    "v5e": Target("v5e:2x2", clock=1.50e9, flops=197e12, bandwidth=819e9),
-    "v5p": Target("v5p:2x2x1", clock=1.75e9, flops=459e12, bandwidth=2460e9, cores=2),
-    "v6e": Target("v6e:2x2", clock=1.75e9, flops=918e12, bandwidth=1640e9),
-    "tpu7x": Target("tpu7x:2x2x1", clock=2.20e9, flops=1155e12, bandwidth=3700e9),
+    "v5e": Target("v5e:2x2", "TPU v5 lite", clock=1.50e9, flops=197e12, bandwidth=819e9),
+    "v5p": Target("v5p:2x2x1", "TPU v5", clock=1.75e9, flops=459e12, bandwidth=2460e9, cores=2),
+    "v6e": Target("v6e:2x2", "TPU v6 lite", clock=1.75e9, flops=918e12, bandwidth=1640e9),
+    "tpu7x": Target("tpu7x:2x2x1", "TPU7x", clock=2.20e9, flops=1155e12, bandwidth=3700e9),
 }
 
 # Chips that whole programs are compiled for; kernels are tuned for and tested on `TARGETS` only.
 # v4: arXiv 2304.01433, table 4; 8 matrix units of 128 x 128 at its clock make the peak.
-CHIPS = {"v4": Target("v4:2x2x1", clock=1.05e9, flops=275e12, bandwidth=1228e9, cores=2)} | TARGETS
+CHIPS = {
+    "v4": Target("v4:2x2x1", "TPU v4", clock=1.05e9, flops=275e12, bandwidth=1228e9, cores=2)
+} | TARGETS
+
+
+def libtpu_version() -> str:
+    """Version of the compiler that `find_libtpu` finds.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    found = importlib.metadata.distributions(path=[str(find_libtpu())])
+    return next(d.version for d in found if d.name == "libtpu")
 
 
 def find_libtpu() -> Path:

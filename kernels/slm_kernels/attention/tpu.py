@@ -24,6 +24,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from slm_kernels import block_sizes
 from slm_kernels.attention.parts import Ids, Mask
 from slm_kernels.attention.tpu_backward import backward
 from slm_kernels.attention.tpu_forward import forward
@@ -31,8 +32,6 @@ from slm_kernels.attention.tpu_tiles import HIDDEN, LANES, Blocks, Tiling, fit, 
 
 # Query rows of one program: more would not leave room for the keys.
 _ROWS = 4096
-_FORWARD = Blocks()
-_BACKWARD = Blocks()
 
 _Padded = tuple[jax.Array, jax.Array, jax.Array, Ids]
 
@@ -72,7 +71,7 @@ def attention_tpu(
         window: width of the sliding window, or `None`.
         softcap: bound of the scores, or `None`.
         scale: multiplies the scores.
-        blocks: of the forward kernel; `None` chooses.
+        blocks: of the forward kernel; `None` chooses, by `slm_kernels.block_sizes`.
         backward_blocks: of the backward kernel; `None` takes `blocks`, or chooses.
 
     Raises:
@@ -99,8 +98,7 @@ def attention_tpu(
     heads, k, v, *ids = varying(heads, k, v, *ids)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     mask = Mask(causal, in_order, window, softcap, scale)
-    both = (blocks or _FORWARD, backward_blocks or blocks or _BACKWARD)
-    tilings = tuple(_tiling(b, mask, heads, k, segmented=q_segments is not None) for b in both)
+    tilings = _tilings(mask, heads, k, q_segments is not None, blocks, backward_blocks or blocks)
     out = _attend(tilings, heads, k, v, tuple(ids))
     out = out.reshape(batch, n_kv_heads, group, length, head_dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
@@ -110,7 +108,8 @@ def part_forward(
     mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, ids: Ids
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over a part of the keys: as `slm_kernels.attention.parts.part_forward`."""
-    tilings, ids = _part_tilings(mask, q, k, ids)
+    tilings = _tilings(mask, q, k, ids[2] is not None)
+    ids = _read(mask, ids)
     q, k, v = varying(q, k, v)
     out, (*_, lse) = _attend_forward(tilings, q, k, v, ids)
     return out, jnp.where(lse > -HIDDEN / 2, HIDDEN, lse)
@@ -127,21 +126,42 @@ def part_backward(
     do: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients over a part of the keys: as `slm_kernels.attention.parts.part_backward`."""
-    tilings, ids = _part_tilings(mask, q, k, ids)
+    tilings = _tilings(mask, q, k, ids[2] is not None)
+    ids = _read(mask, ids)
     lse = jnp.where(lse < HIDDEN / 2, -HIDDEN, lse)
     q, k, v, out, lse, do = varying(q, k, v, out, lse, do)
     return _attend_backward(tilings, (q, k, v, ids, out, lse), do)[:3]
 
 
-def _part_tilings(
-    mask: Mask, q: jax.Array, k: jax.Array, ids: Ids
-) -> tuple[tuple[Tiling, Tiling], Ids]:
-    segmented = ids[2] is not None
-    there, back = (_tiling(b, mask, q, k, segmented=segmented) for b in (_FORWARD, _BACKWARD))
-    return (there, back), (None, None, *ids[2:]) if mask.in_order else ids
+def _read(mask: Mask, ids: Ids) -> Ids:
+    """Without the positions where the kernels do not read them."""
+    return (None, None, *ids[2:]) if mask.in_order else ids
 
 
-def _tiling(blocks: Blocks, mask: Mask, q: jax.Array, k: jax.Array, *, segmented: bool) -> Tiling:
+def _tilings(
+    mask: Mask,
+    q: jax.Array,
+    k: jax.Array,
+    segmented: bool,
+    blocks: Blocks | None = None,
+    backward_blocks: Blocks | None = None,
+) -> tuple[Tiling, Tiling]:
+    """Forward and backward. The table knows causal rows in order, whose masked tiles are left out.
+
+    Where it knows nothing, or the mask is another, blocks are those of `Blocks`.
+    """
+
+    def best(kernel: str) -> Blocks:
+        if not mask.in_order or mask.window is not None:
+            return Blocks()
+        return Blocks(**block_sizes.lookup(kernel, q.dtype, S=q.shape[3], D=q.shape[4]))
+
+    there = blocks or best("attention_forward")
+    back = backward_blocks or best("attention_backward")
+    return _tiling(there, mask, q, k, segmented), _tiling(back, mask, q, k, segmented)
+
+
+def _tiling(blocks: Blocks, mask: Mask, q: jax.Array, k: jax.Array, segmented: bool) -> Tiling:
     """Blocks that fit the lengths and the group of `[B, n_kv_heads, group, S, head_dim]`."""
     group, n_queries, n_keys = q.shape[2], q.shape[3], k.shape[2]
     most = max(LANES, _ROWS >> (group - 1).bit_length())

@@ -1,10 +1,12 @@
 """Uses of attention."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slm_kernels.attention import attention
 from slm_kernels.cases.case import Arguments, Case, Shape, Work, array, nbytes
@@ -115,6 +117,56 @@ def _flash(causal: bool = True) -> Callable[..., jax.Array]:
     return run
 
 
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    """The other kernel of jax, forward, causal, at its best blocks for these chips.
+
+    It reads its schedule from a prefetched table, which is zeros to the simulator; here the same
+    schedule, pairs of blocks above the diagonal left out, comes from the grid's indices.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
+
+    del positions  # the order of the tokens
+    n_q, n_kv = (min(1024, x.shape[1]) for x in (q, k))
+    blocks = splash.BlockSizes(n_q, n_kv, min(512, n_kv))
+    order = np.arange(q.shape[1], dtype=np.int32)
+    mask = info.MaskInfo(None, None, None, None, order)
+
+    def next_nonzero(h: Any, i: Any, j: Any, *_: Any, **__: Any) -> tuple[Any, None, Any, bool]:
+        run = j * n_kv <= i * n_q + (n_q - 1)
+        return jnp.where(run, j, 0), None, run, False
+
+    def row(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k, v = (x.swapaxes(0, 1) for x in (q * q.shape[2] ** -0.5, k, v))
+        hidden, seen = splash.DEFAULT_MASK_VALUE, operator.ge
+        out = splash._splash_attention_forward(
+            mask, q, k, v, None, None, hidden, False, blocks, None, False, seen
+        )
+        return out.swapaxes(0, 1)
+
+    real = splash._next_nonzero
+    splash._next_nonzero = next_nonzero
+    try:
+        return jax.vmap(row)(q, k, v)
+    finally:
+        splash._next_nonzero = real
+
+
+# Candidates of a search. Blocks of 256 and less take twice as long or more on every TPU tried, and
+# tiles of 256 or 1,024 keys a fifth longer.
+_BLOCKS = {
+    "attention_forward": [
+        {"q": 1024, "kv": 1024, "q_tile": 512, "kv_tile": 512},
+        {"q": 1024, "kv": 2048, "q_tile": 512, "kv_tile": 512},
+        {"q": 1024, "kv": 4096, "q_tile": 512, "kv_tile": 512},
+        {"q": 2048, "kv": 2048, "q_tile": 512, "kv_tile": 512},
+    ],
+    "attention_backward": [
+        {"q": 1024, "kv": 1024, "q_tile": 512, "kv_tile": 512},
+        {"q": 512, "kv": 1024, "q_tile": 512, "kv_tile": 512},
+        {"q": 1024, "kv": 1024, "q_tile": 512, "kv_tile": 256},
+    ],
+}
 _ATTENTION = {"B": 1, "S": 4096, "H": 2, "K": 2, "D": 128}
 _ATTENTION_SMALL = {"S": 1024, "K": 1}
 
@@ -125,7 +177,8 @@ CASES = {
         _attention_arguments,
         _attention(),
         _attention_work(),
-        _flash(),
+        {"jax": _flash(), "splash": _splash},
+        blocks=_BLOCKS,
     ),
     "attention-packed": Case(
         _ATTENTION,
@@ -133,7 +186,7 @@ CASES = {
         lambda s: _attention_arguments(s, packed=True),
         _attention(),
         _attention_work(packed=True),
-        _flash(),
+        {"jax": _flash()},
     ),
     "attention-full": Case(
         _ATTENTION,
@@ -141,7 +194,7 @@ CASES = {
         _attention_arguments,
         _attention(causal=False),
         _attention_work(causal=False),
-        _flash(causal=False),
+        {"jax": _flash(causal=False)},
     ),
     # Sliding window and soft-capped scores, as in Gemma 2; heads of 64, as in small models.
     "attention-window": Case(

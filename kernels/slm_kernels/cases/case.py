@@ -1,7 +1,7 @@
 """What a named use of a kernel consists of."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 Shape = Mapping[str, int]
 Arguments = dict[str, jax.ShapeDtypeStruct]
+
+# What some case has in `against`.
+PUBLIC = ("jax", "splash", "associative_scan", "lax.scan")
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Case:
         arguments: from sizes to arrays; those of floating type are differentiated.
         function: from an implementation's name to a function of the arguments by name.
         work: from sizes and whether the gradients are computed too to the least work.
-        against_jax: the same with the kernel that jax ships, where it has one.
+        against: the same by public code, by its name: `"jax"` is the kernel that jax ships.
         gradients: whether the operation has any.
+        blocks: block sizes that a search tries, by the kernel whose they are.
     """
 
     shape: Shape
@@ -47,8 +51,9 @@ class Case:
     arguments: Callable[[Shape], Arguments]
     function: Callable[[str], Callable[..., jax.Array]]
     work: Callable[[Shape, bool], Work]
-    against_jax: Callable[..., jax.Array] | None = None
+    against: Mapping[str, Callable[..., jax.Array]] = field(default_factory=dict)
     gradients: bool = True
+    blocks: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
 
     def build(
         self, shape: Shape, implementation: str, backward: bool
@@ -57,21 +62,21 @@ class Case:
 
         Args:
             shape: size of each axis.
-            implementation: one of the operation, or `"jax"`.
+            implementation: one of the operation, or a key of `against`.
             backward: also compute the gradient of every floating-point argument, from a cotangent
                 that is one more argument.
 
         Raises:
-            ValueError: if jax ships no such kernel, or the operation has no gradient.
+            ValueError: if there is no such public code, or the operation has no gradient.
         """
         if backward and not self.gradients:
             raise ValueError("backward=True: this case has no gradient: profile it forward")
-        if implementation == "jax":
-            if self.against_jax is None:
-                raise ValueError("against='jax': jax ships no kernel for this case: choose 'xla'")
-            forward = self.against_jax
-        else:
-            forward = self.function(implementation)
+        if implementation in PUBLIC and implementation not in self.against:
+            choices = ", ".join(map(repr, ["xla", *self.against]))
+            raise ValueError(
+                f"against={implementation!r}: not known for this case: choose from {choices}"
+            )
+        forward = self.against.get(implementation) or self.function(implementation)
         args = self.arguments(shape)
         if not backward:
             return forward, args

@@ -25,23 +25,30 @@ Layout: a vector register holds one state of S <= 8 groups of 128 channels at on
 of which one step is a load of S rows, `tile` rows apart. b_t[n] and c_t[n] must fill a register:
 a product with a 0/1 matrix on the MXU spreads them over the lanes, exactly (three bfloat16 parts
 make up a float32), once a time chunk for all channels. (8) sums over sublanes by storing
-registers and loading them back with a stride, over lanes by the MXU.
+registers and loading them back with a stride, over lanes by rotations.
 
-Grid: batch x time chunks x channel blocks. The state of all channels stays in VMEM from chunk to
-chunk. The backward pass walks the chunks in reverse and recomputes a chunk's states in VMEM from
-the one saved at its start; nothing of size L x N x D reaches HBM.
+Grid: batch x time chunks. A grid step holds all channels, so that its copies are contiguous, and
+walks along their blocks of 1,024. The state stays in VMEM from chunk to chunk. The backward pass
+walks the chunks in reverse and recomputes a chunk's states in VMEM from the one saved at its
+start; nothing of size L x N x D reaches HBM.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from slm_kernels import block_sizes
 from slm_kernels.scan.tpu_backward import backward
-from slm_kernels.scan.tpu_forward import F32, LANES, TILE, UNROLL, Layout, forward
+from slm_kernels.scan.tpu_forward import F32, LANES, TILE, Layout, forward
 
 CHUNK = 128  # steps a grid step: HBM reads are long enough, the states of a chunk fit in VMEM
+STEP = 16  # of which a chunk is a multiple
+FORWARD_UNROLL = 32  # steps in a loop's body: the more, the better the chip's units are filled
+BACKWARD_UNROLL = 8  # twice as many would spill registers
+ELEMENTS = 2**19  # of an array in a grid step: more would not leave room in VMEM for the others
 
 
 def selective_scan_tpu(
@@ -84,14 +91,22 @@ def selective_scan_tpu(
     for name, x in (("u", u), ("dt", dt)):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name} is {x.dtype}: cast it to float32 or bfloat16")
-    if chunk is None:
-        chunk = min(CHUNK if n <= 64 else CHUNK // 2, length + -length % UNROLL)
-    if chunk <= 0 or chunk % min(UNROLL, chunk) or chunk % TILE:
-        raise ValueError(f"chunk={chunk}: want {TILE} or a positive multiple of {UNROLL}")
+    known = block_sizes.lookup("selective_scan_forward", u.dtype, L=length, D=width, N=n)
+    if chunk is None and known:
+        chunk = min(known["chunk"], length + -length % STEP)
+    elif chunk is None:
+        chunk = CHUNK if n <= 64 else CHUNK // 2
+        while chunk > STEP and chunk * width > ELEMENTS:
+            chunk //= 2
+        chunk = min(chunk, length + -length % STEP)
+    if chunk != TILE and (chunk <= 0 or chunk % STEP):
+        raise ValueError(f"chunk={chunk}: want {TILE} or a positive multiple of {STEP}")
     groups = -(-width // LANES)
     blocks = -(-groups // 8)
     rows = -(-groups // blocks)
-    lay = Layout(chunk, blocks, rows, n + -n % 8)
+    lay = Layout(chunk, blocks, rows, n + -n % 8, known.get("unroll", FORWARD_UNROLL))
+    back = block_sizes.lookup("selective_scan_backward", u.dtype, L=length, D=width, N=n)
+    both = lay, dataclasses.replace(lay, most=back.get("unroll", BACKWARD_UNROLL))
     if initial_state is None:
         # Made from u, so that it is split over devices as u is.
         initial_state = jnp.zeros_like(u[:, 0], F32)[:, :, None] * jnp.zeros_like(a, F32)
@@ -100,7 +115,7 @@ def selective_scan_tpu(
         flags = jnp.pad(reset.astype(jnp.bfloat16), ((0, 0), (0, -length % chunk)))
         steps = jnp.pad(flags.reshape(batch, -1, 1, chunk), ((0, 0), (0, 0), (0, 15), (0, 0)))
     y, last = _scan(
-        lay,
+        both,
         lay.tiles(u),
         lay.tiles(dt),
         lay.states(a.astype(F32)),
@@ -117,20 +132,20 @@ def selective_scan_tpu(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(lay: Layout, *args: Any) -> tuple[jax.Array, jax.Array]:
-    out = forward(lay, False, *args)
+def _scan(both: tuple[Layout, Layout], *args: Any) -> tuple[jax.Array, jax.Array]:
+    out = forward(both[0], False, *args)
     return out["y"], out["last"]
 
 
-def _scan_fwd(lay: Layout, *args: Any) -> Any:
-    out = forward(lay, True, *args)
+def _scan_fwd(both: tuple[Layout, Layout], *args: Any) -> Any:
+    out = forward(both[0], True, *args)
     return (out["y"], out["last"]), (args[:-1], out["starts"])
 
 
-def _scan_bwd(lay: Layout, saved: Any, grads: Any) -> Any:
+def _scan_bwd(both: tuple[Layout, Layout], saved: Any, grads: Any) -> Any:
     args, starts = saved
     _, _, _, b, c, _, reset = args
-    g = backward(lay, args, starts, *grads)
+    g = backward(both[1], args, starts, *grads)
     return (
         g["du"],
         g["ddt"],

@@ -13,10 +13,8 @@ from slm_kernels.pallas import interpret
 from slm_kernels.scan.decay import FOREVER, log2_rates
 
 LANES = 128
-UNROLL = 16  # steps; a multiple of the tile
-TILE = (
-    8  # steps in a tile of HBM, of float32 and of bfloat16: XLA packs two of the latter in 32 bits
-)
+# Steps in a tile of HBM, of float32 and of bfloat16: XLA packs two of the latter in 32 bits.
+TILE = 8
 F32 = jnp.float32
 
 
@@ -28,6 +26,7 @@ class Layout:
     blocks: int  # of channels
     rows: int  # groups of 128 channels in a block, S
     n: int  # states, a multiple of 8
+    most: int  # steps written out in a loop's body
 
     @property
     def group(self) -> int:
@@ -36,8 +35,8 @@ class Layout:
 
     @property
     def unroll(self) -> int:
-        """Steps written out in a loop's body, a multiple of the tile."""
-        return min(UNROLL, self.chunk)
+        """Steps written out in a loop's body, of which a chunk is a whole number."""
+        return math.gcd(self.most, self.chunk)
 
     @property
     def width(self) -> int:
@@ -80,35 +79,43 @@ class Layout:
 
 
 def three_parts(x: jax.Array) -> list[jax.Array]:
-    """Three bfloat16 arrays whose sum is `x`: three times the upper half of what remains."""
-    rest, parts = x.astype(F32), []
+    """Three arrays of bfloat16 values whose sum is `x`: thrice the upper half of what remains."""
+    rest, parts = x, []
     for _ in range(3):
         bits = jax.lax.bitcast_convert_type(rest, jnp.int32) & jnp.int32(-65536)
-        part = jax.lax.bitcast_convert_type(bits, F32)
-        rest = rest - part
-        parts.append(part.astype(jnp.bfloat16))
+        parts.append(jax.lax.bitcast_convert_type(bits, F32))
+        rest = rest - parts[-1]
     return parts
 
 
-def spread(x: jax.Array) -> jax.Array:
-    """`[G, T]` to `[T, G * 128]`: entry (n, t) fills lanes 128 n .. 128 n + 127 of row t."""
-    size = x.shape[0]
-    stack = x if x.dtype == jnp.bfloat16 else jnp.concatenate(three_parts(x))
-    shape = (stack.shape[0], size * LANES)
-    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) & (size - 1)
-    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1) >> 7
-    ones = jnp.where(row == column, 1.0, 0.0).astype(jnp.bfloat16)
-    return jax.lax.dot_general(stack, ones, (((0,), (0,)), ((), ())), preferred_element_type=F32)
+def columns(x: jax.Array) -> jax.Array:
+    """`[G, T]` as `[T, 128]`: lanes k, k + G, ... of row t hold the parts of entry (k, t).
+
+    Turned while it is float32, and 128 long: other products of bfloat16 that was made here do not
+    pass the simulator's checks.
+    """
+    parts = [x.astype(F32)] if x.dtype == jnp.bfloat16 else three_parts(x)
+    zeros = jnp.zeros((LANES - x.shape[0] * len(parts), x.shape[1]), F32)
+    return jnp.concatenate([*parts, zeros]).T
 
 
-def spread_all(x_ref: Any, out_ref: Any, lay: Layout) -> None:
-    """`[N, T]` to `[N, T, 128]`, each entry over all lanes."""
+def spread_all(x: dict[str, Any], lay: Layout) -> None:
+    """Spreads b and c, `[N, T]`, to `[N, T, 128]`, and flags of resets to endless steps."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) & (lay.group - 1)
 
-    @pl.loop(0, lay.n // lay.group)
-    def _(g: jax.Array) -> None:
-        wide = spread(x_ref[pl.ds(pl.multiple_of(g * lay.group, 8), lay.group), :])
+    def states(g: Any) -> None:
+        of = pl.ds(g * lay.group, lay.group)
+        both = jnp.concatenate([columns(x["b"][of]), columns(x["c"][of])]).astype(jnp.bfloat16)
         for k in range(lay.group):
-            out_ref[g * lay.group + k] = wide[:, k * LANES : (k + 1) * LANES]
+            ones = jnp.where(row == k, 1.0, 0.0).astype(jnp.bfloat16)  # adds up the parts
+            sums = jnp.dot(both, ones, preferred_element_type=F32)
+            x["b_full"][g * lay.group + k] = sums[: lay.chunk]
+            x["c_full"][g * lay.group + k] = sums[lay.chunk :]
+
+    each(lay.n // lay.group, states)
+    if x["reset"] is not None:
+        flags = x["reset"][...].astype(F32).T[:, :1]
+        x["r_full"][0] = jnp.broadcast_to(flags, (lay.chunk, LANES)) * FOREVER
 
 
 def full(ref: Any, states: Any, t: Any, rows: int) -> jax.Array:
@@ -118,68 +125,77 @@ def full(ref: Any, states: Any, t: Any, rows: int) -> jax.Array:
 
 
 class Steps:
-    """A `[T / tile, S * tile, 128]` block, read and written one step `[S, 128]` at a time."""
+    """A block of `[T / tile, blocks, S * tile, 128]`, read and written a step `[S, 128]` a time."""
 
-    def __init__(self, ref: Any, lay: Layout):
-        self.ref, self.rows, self.unroll = ref, lay.rows, lay.unroll
-        self.tile = ref.shape[1] // lay.rows
+    def __init__(self, ref: Any, block: Any, lay: Layout):
+        self.ref, self.block, self.rows, self.unroll = ref, block, lay.rows, lay.unroll
 
     def _at(self, i: Any, j: int) -> tuple[Any, ...]:
-        of_tile = pl.ds(j % self.tile, self.rows, stride=self.tile)
-        return i * (self.unroll // self.tile) + j // self.tile, of_tile, slice(None)
+        of_tile = pl.ds(j % TILE, self.rows, stride=TILE)
+        tile = i * (self.unroll // TILE) + j // TILE
+        return tile, pl.ds(self.block, 1), of_tile, slice(None)
 
     def get(self, i: Any, j: int) -> jax.Array:
         """Step unroll * i + j."""
-        return self.ref[self._at(i, j)]
+        return self.ref[self._at(i, j)][0]
 
     def set(self, i: Any, j: int, value: jax.Array) -> None:
         """Writes step unroll * i + j."""
-        self.ref[self._at(i, j)] = value
+        self.ref[self._at(i, j)] = value[None]
 
 
-def reader(ref: Any, wide: Any, lay: Layout) -> Steps:
+def reader(ref: Any, wide: Any, block: Any, lay: Layout) -> Steps:
     """Steps of an input; loads with a stride are of 32 bits, so bfloat16 is widened first."""
     if wide is None:
-        return Steps(ref, lay)
-    wide[...] = ref[...].astype(F32)
-    return Steps(wide, lay)
+        return Steps(ref, block, lay)
+    wide[:, 0] = ref[:, block].astype(F32)
+    return Steps(wide, 0, lay)
+
+
+def writer(ref: Any, wide: Any, block: Any, lay: Layout) -> Steps:
+    """Steps of an output, which `narrow` completes."""
+    return Steps(ref, block, lay) if wide is None else Steps(wide, 0, lay)
+
+
+def narrow(ref: Any, wide: Any, block: Any) -> None:
+    """Writes what `writer` collected."""
+    if wide is not None:
+        ref[:, block] = wide[:, 0].astype(ref.dtype)
 
 
 def wide(x: jax.Array, lay: Layout) -> Any:
-    """Scratch for `reader`, or None if it needs none."""
+    """Scratch for `reader` or `writer`, or None if they need none."""
     if x.dtype == F32:
         return None
-    return pltpu.VMEM((lay.chunk // TILE, lay.rows * TILE, LANES), F32)
+    return pltpu.VMEM((lay.chunk // TILE, 1, lay.rows * TILE, LANES), F32)
 
 
-def over_groups(lay: Layout, body: Any) -> None:
-    """body(g) for each group of states."""
-    if lay.n == lay.group:
+def each(count: int, body: Any) -> None:
+    """body(i) for i of `count`."""
+    if count == 1:
         body(0)
     else:
-        pl.loop(0, lay.n // lay.group)(body)
+        pl.loop(0, count)(body)
 
 
 def specs(lay: Layout, at: Any) -> dict[str, Any]:
     """Block of every array; `at` maps the grid's time axis to the chunk."""
-    of_batch = (None, lay.blocks, lay.n, lay.rows, LANES)
-
-    steps = (None, lay.chunk // TILE, None, lay.rows * TILE, LANES)
+    state = (lay.blocks, lay.n, lay.rows, LANES)
+    skip = (lay.blocks, lay.rows, LANES)
+    steps = (None, lay.chunk // TILE, lay.blocks, lay.rows * TILE, LANES)
 
     def chunk_of(rows: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, rows, lay.chunk), lambda b, t, d: (b, at(t), 0, 0))
+        return pl.BlockSpec((None, None, rows, lay.chunk), lambda b, t: (b, at(t), 0, 0))
 
     return {
-        "steps": pl.BlockSpec(steps, lambda b, t, d: (b, at(t), d, 0, 0)),
-        "a": pl.BlockSpec((None, lay.n, lay.rows, LANES), lambda b, t, d: (d, 0, 0, 0)),
-        "d": pl.BlockSpec((None, lay.rows, LANES), lambda b, t, d: (d, 0, 0)),
+        "steps": pl.BlockSpec(steps, lambda b, t: (b, at(t), 0, 0, 0)),
+        "a": pl.BlockSpec(state, lambda b, t: (0, 0, 0, 0)),
+        "d": pl.BlockSpec(skip, lambda b, t: (0, 0, 0)),
         "b": chunk_of(lay.n),
         "reset": chunk_of(16),
-        "state": pl.BlockSpec(of_batch, lambda b, t, d: (b, 0, 0, 0, 0)),
-        "start": pl.BlockSpec(
-            (None, None, None, lay.n, lay.rows, LANES), lambda b, t, d: (b, at(t), d, 0, 0, 0)
-        ),
-        "skip": pl.BlockSpec((None, lay.blocks, lay.rows, LANES), lambda b, t, d: (b, 0, 0, 0)),
+        "state": pl.BlockSpec((None, *state), lambda b, t: (b, 0, 0, 0, 0)),
+        "start": pl.BlockSpec((None, None, *state), lambda b, t: (b, at(t), 0, 0, 0, 0)),
+        "skip": pl.BlockSpec((None, *skip), lambda b, t: (b, 0, 0, 0)),
     }
 
 
@@ -210,13 +226,13 @@ def call(
     ) + sum(math.prod(s.shape) * 4 for s in tmp.values())
     got = pl.pallas_call(
         lambda *refs: kernel(missing | dict(zip(names, refs, strict=True)), lay),
-        grid=(batch, chunks, lay.blocks),
+        grid=(batch, chunks),
         in_specs=[spec for _, spec in ins.values()],
         out_specs=[spec for _, spec in outs.values()],
         out_shape=[shape for shape, _ in outs.values()],
         scratch_shapes=list(tmp.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=held * 5 // 4 + 2**22,
         ),
         cost_estimate=pl.CostEstimate(
@@ -259,48 +275,44 @@ def shared(
 
 
 def _forward_kernel(x: dict[str, Any], lay: Layout) -> None:
-    rows, group = lay.rows, lay.group
-    block, resets = pl.program_id(2), x["reset"] is not None
+    rows, group, resets = lay.rows, lay.group, x["reset"] is not None
+    begins = pl.program_id(1) == 0
+    spread_all(x, lay)
 
-    @pl.when(block == 0)
-    def _() -> None:
-        spread_all(x["b"], x["b_full"], lay)
-        spread_all(x["c"], x["c_full"], lay)
-        if resets:
-            x["r_full"][0] = spread(x["reset"][...])[:, :LANES] * FOREVER
+    def channels(block: Any) -> None:
+        @pl.when(begins)
+        def _() -> None:
+            x["last"][block] = x["initial"][block]
 
-    @pl.when(pl.program_id(1) == 0)
-    def _() -> None:
-        x["last"][block] = x["initial"][block]
+        if x["starts"] is not None:
+            x["starts"][block] = x["last"][block]
+        u, dt = (reader(x[k], x[f"{k}_wide"], block, lay) for k in ("u", "dt"))
+        y = writer(x["y"], x["y_wide"], block, lay)
+        skip = x["d"][block]
 
-    if x["starts"] is not None:
-        x["starts"][...] = x["last"][block]
-    u, dt = (reader(x[k], x[f"{k}_wide"], lay) for k in ("u", "dt"))
-    y = Steps(x["y"] if x["y_wide"] is None else x["y_wide"], lay)
-    skip = x["d"][...]
+        def states(g: Any) -> None:
+            of = pl.ds(g * group, group)
 
-    def states(g: Any) -> None:
-        of = pl.ds(g * group, group)
+            def steps(i: jax.Array, h: jax.Array) -> jax.Array:
+                for j in range(lay.unroll):
+                    t = i * lay.unroll + j
+                    u_t, dt_t = u.get(i, j), dt.get(i, j)
+                    long = dt_t + full(x["r_full"], slice(None), t, rows)[0] if resets else dt_t
+                    decay = jnp.exp2(long * x["a2"][block, of])
+                    h = decay * h + (dt_t * u_t) * full(x["b_full"], of, t, rows)
+                    total = skip * u_t
+                    if lay.n != group:
+                        total = jnp.where(g == 0, total, y.get(i, j))
+                    y.set(i, j, total + jnp.sum(h * full(x["c_full"], of, t, rows), axis=0))
+                return h
 
-        def steps(i: jax.Array, h: jax.Array) -> jax.Array:
-            for j in range(lay.unroll):
-                t = i * lay.unroll + j
-                u_t, dt_t = u.get(i, j), dt.get(i, j)
-                long = dt_t + full(x["r_full"], slice(None), t, rows)[0] if resets else dt_t
-                decay = jnp.exp2(long * x["a2"][of])
-                h = decay * h + (dt_t * u_t) * full(x["b_full"], of, t, rows)
-                total = skip * u_t
-                if lay.n != group:
-                    total = jnp.where(g == 0, total, y.get(i, j))
-                y.set(i, j, total + jnp.sum(h * full(x["c_full"], of, t, rows), axis=0))
-            return h
+            h = x["last"][block, of]
+            x["last"][block, of] = jax.lax.fori_loop(0, lay.chunk // lay.unroll, steps, h)
 
-        h = x["last"][block, of]
-        x["last"][block, of] = jax.lax.fori_loop(0, lay.chunk // lay.unroll, steps, h)
+        each(lay.n // group, states)
+        narrow(x["y"], x["y_wide"], block)
 
-    over_groups(lay, states)
-    if x["y_wide"] is not None:
-        x["y"][...] = x["y_wide"][...].astype(x["y"].dtype)
+    each(lay.blocks, channels)
 
 
 def forward(lay: Layout, save: bool, *args: Any) -> dict[str, Any]:
