@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from safetensors import safe_open
 
-from slm_jax.cli.load import load
+from slm_jax.cli.load import end_ids, load
 from slm_jax.cli.measure import loss_rows, read_texts, score_programs, score_text
 from slm_jax.cli.script import parse
 from slm_jax.cli.show import console, count, facts, nbytes
@@ -89,12 +89,14 @@ def command(args: Sequence[str]) -> None:
 
 
 def _write(config: Export, model: LM, tokenizer: Tokenizer | None, prefix: np.ndarray) -> Sizes:
+    eos_ids = () if tokenizer is None else end_ids(config.model, tokenizer)
     if config.format == "stablehlo":
         programs = save_stablehlo(
             model,
             config.out,
             config=to_json(model.config),
             tokenizer=tokenizer,
+            eos_ids=eos_ids,
             prefix=prefix.tolist(),
             overwrite=config.overwrite,
         )
@@ -106,7 +108,7 @@ def _write(config: Export, model: LM, tokenizer: Tokenizer | None, prefix: np.nd
             "export the model it was made from"
         )
     if config.format == "hf":
-        save_hf(model, config.out, tokenizer=tokenizer, overwrite=config.overwrite)
+        save_hf(model, config.out, tokenizer=tokenizer, eos_ids=eos_ids, overwrite=config.overwrite)
         return folder_sizes(model, config.out)
     return save_gguf(
         model,

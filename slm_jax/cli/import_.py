@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from slm_jax.cli.export import folder_sizes, kinds, size_rows
-from slm_jax.cli.load import load
+from slm_jax.cli.load import end_ids, load
 from slm_jax.cli.measure import read_texts, score_text
 from slm_jax.cli.script import parse
 from slm_jax.cli.show import console, count, facts, nbytes
@@ -48,9 +48,9 @@ def command(args: Sequence[str]) -> None:
     config = parse(Import, args=args, prog="slm import")
     texts = None if config.text is None else read_texts(config.text)
     start = time.perf_counter()
-    model, tokenizer, sizes = _load(config)
+    model, tokenizer, eos_ids, sizes = _load(config)
     read = time.perf_counter()
-    save_hf(model, config.out, tokenizer=tokenizer, overwrite=config.overwrite)
+    save_hf(model, config.out, tokenizer=tokenizer, eos_ids=eos_ids, overwrite=config.overwrite)
     written = folder_sizes(model, config.out)
     rows = {
         "file": f"{config.file}, {sizes.arch}, {kinds(sizes)}",
@@ -71,14 +71,16 @@ def command(args: Sequence[str]) -> None:
     console().print(facts(rows))
 
 
-def _load(config: Import) -> tuple[LM, HFTokenizer | None, Sizes]:
+def _load(config: Import) -> tuple[LM, HFTokenizer | None, tuple[int, ...], Sizes]:
+    """The model; its tokenizer and what ends a text, if they are wanted; sizes of the source."""
     if config.file.is_dir():
         if not config.tokenizer:
             model = load_hf(config.file)
-            return model, None, folder_sizes(model, config.file)
+            return model, None, (), folder_sizes(model, config.file)
         model, tokenizer, _ = load(config.file)
-        return model, tokenizer, folder_sizes(model, config.file)
+        sizes = folder_sizes(model, config.file)
+        return model, tokenizer, end_ids(config.file, tokenizer), sizes
     model, sizes = load_gguf(config.file)
     if not config.tokenizer:
-        return model, None, sizes
-    return model, load_gguf_tokenizer(config.file, model.config.vocab_size), sizes
+        return model, None, (), sizes
+    return model, load_gguf_tokenizer(config.file, model.config.vocab_size), (), sizes

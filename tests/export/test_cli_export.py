@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from slm_jax.cli import main
+from slm_jax.cli.load import end_ids
 from slm_jax.data import ByteTokenizer, load_tokenizer
 from slm_jax.export.gguf import load_gguf
 from slm_jax.models.hf import load_hf, save_hf
@@ -87,6 +88,18 @@ def test_folders_are_written_and_read(
     for out in ("hf", "again"):
         same_weights(load_hf(tmp_path / out), load_hf(folder))
         assert load_tokenizer(str(tmp_path / out / "tokenizer.json")).eos_id == 256
+
+
+def test_several_ends_of_a_text_are_kept(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of an assistant, whose turns end otherwise than documents."""
+    save_hf(load_hf(folder), tmp_path / "two", tokenizer=ByteTokenizer(), eos_ids=(7, 256))
+    ok(capsys, "export", tmp_path / "two", tmp_path / "hf", "--format", "hf")
+    ok(capsys, "import", tmp_path / "hf", tmp_path / "again")
+    assert end_ids(tmp_path / "again", ByteTokenizer()) == (7, 256)
+    ok(capsys, "export", tmp_path / "two", tmp_path / "programs", "--format", "stablehlo")
+    assert json.loads((tmp_path / "programs/manifest.json").read_text())["eos_ids"] == [7, 256]
 
 
 def test_mistakes_are_one_line_and_write_nothing(

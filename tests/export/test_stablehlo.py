@@ -217,7 +217,7 @@ def test_the_manifest_says_what_is_there(folder: Path) -> None:
     assert manifest["arguments"]["decode"][:2] == ["int32[b,1]", "int32[b,1]"]
     assert manifest["arguments"]["prefill"][0] == "int32[b,16*n]"
     assert manifest["tensors"]["blocks.0.mixer.q.w.codes"] == ["I8", [2, 4, 16, WIDTH]]
-    assert (manifest["eos_id"], manifest["prefix"]) == (256, [256])
+    assert (manifest["eos_ids"], manifest["prefix"]) == ([256], [256])
     assert sorted(manifest["sha256"]) == sorted(
         p.name for p in folder.iterdir() if p.name not in ("manifest.json", "run.py")
     )

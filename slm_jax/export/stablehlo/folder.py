@@ -43,6 +43,7 @@ def save_stablehlo(
     *,
     config: Mapping[str, Any],
     tokenizer: HFTokenizer | None = None,
+    eos_ids: Sequence[int] = (),
     prefix: Sequence[int] = (),
     overwrite: bool = False,
 ) -> Programs:
@@ -56,6 +57,7 @@ def save_stablehlo(
         folder: where to; made with its parents.
         config: JSON that says what the model is, for whoever opens the folder.
         tokenizer: written too.
+        eos_ids: what ends a text; by default the tokenizer's end of text.
         prefix: token ids that the model expects before every text.
         overwrite: replace exported programs.
 
@@ -68,6 +70,8 @@ def save_stablehlo(
     folder = Path(folder)
     check_out(folder, overwrite=overwrite)
     programs = export_programs(model)
+    if tokenizer is not None:
+        eos_ids = eos_ids or (tokenizer.eos_id,)
     exported = {name: getattr(programs, name) for name in ("start", "prefill", "decode")}
     names = {name: f"{name}.stablehlo" for name in exported}
     with whole_folder(folder) as building:
@@ -90,7 +94,7 @@ def save_stablehlo(
             "least_room": programs.least_room,
             "vocab_size": model.config.vocab_size,
             "tokenizer": None if tokenizer is None else TOKENIZER,
-            "eos_id": None if tokenizer is None else tokenizer.eos_id,
+            "eos_ids": [int(i) for i in eos_ids],
             "prefix": [int(i) for i in prefix],
             "model": config,
             "weights": WEIGHTS,

@@ -1,7 +1,7 @@
 """A folder with config.json and safetensors files, read and written one array at a time."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +84,7 @@ def save_hf(
     *,
     model_type: str | None = None,
     tokenizer: HFTokenizer | None = None,
+    eos_ids: Sequence[int] = (),
     overwrite: bool = False,
 ) -> None:
     """Writes a folder that `transformers` 5 loads: config.json and model.safetensors, float32.
@@ -94,7 +95,8 @@ def save_hf(
         model: the model, its weights plain float arrays.
         folder: where to; made with its parents.
         model_type: the class to write for, where several compute this model; see `config_to_hf`.
-        tokenizer: written too, and its end of text becomes `eos_token_id`.
+        tokenizer: written too.
+        eos_ids: what ends a text (`eos_token_id`); by default the tokenizer's end of text.
         overwrite: replace the whole folder if it holds a model.
 
     Raises:
@@ -110,7 +112,9 @@ def save_hf(
                 f"vocab_size={model.config.vocab_size} is less than the tokenizer's "
                 f"{tokenizer.vocab_size}: give the tokenizer the model was trained with"
             )
-        hf["eos_token_id"] = tokenizer.eos_id
+        eos_ids = eos_ids or (tokenizer.eos_id,)
+    if eos_ids:
+        hf["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
     check_free(folder, marker=CONFIG, what="a model", overwrite=overwrite)
     with whole_folder(folder) as building:
         _write_safetensors(building / WEIGHTS, model, mapping)
