@@ -88,6 +88,19 @@ def spec_of(array: jax.Array) -> P:
     return P(*spec, *(None,) * (array.ndim - len(spec)))
 
 
+def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
+    """`x.reshape(shape)` of another shape behind the first axis, which stays split as it is.
+
+    On an explicit mesh a reshape to or from an axis of size one takes the first axis for another
+    one where it has size one too, and forgets how it is split.
+    """
+    y = x.reshape(shape)
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return y
+    rows, (first, *rest) = spec_of(x)[0], spec_of(y)
+    return y if first == rows else jax.reshard(y, P(rows, *rest))
+
+
 def whole_rows(implementation: str, name: str, array: jax.Array) -> P:
     """How `array` `[B, S, ...]` is split.
 

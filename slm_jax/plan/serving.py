@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 from slm_jax.errors import UserError
 from slm_jax.infer.step import decode, prefill
 from slm_jax.models.lm import LM, LMConfig, State
-from slm_jax.parallel import MeshConfig, shardings, use_rules
-from slm_jax.parallel.rules import MeshAxes, batch_parts
+from slm_jax.parallel import MeshConfig, shardings
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,7 @@ def lower_serving(serving: Serving, mesh: Mesh) -> LoweredServing:
     def ids(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, P()))
 
-    # Where rows are not split nothing is said about them: XLA's decode attention would lose the
-    # split of a single row over axes of size one.
-    rows: dict[str, MeshAxes] = {} if batch_parts(mesh) > 1 else {"batch": None}
-    with jax.set_mesh(mesh), use_rules(**rows):
+    with jax.set_mesh(mesh):
         model = jax.eval_shape(lambda: _held(LM(config, jax.random.key(0))))
         weights = jax.tree.map(
             lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),

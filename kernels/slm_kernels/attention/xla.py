@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from slm_kernels.attention.mask import visible
+from slm_kernels.dispatch import reshape_rows
 
 # Finite, so that a row that sees nothing stays free of NaN in the backward pass.
 _HIDDEN = -1e30
@@ -87,11 +88,11 @@ def _attend(
 
     # Heads first and the group folded into the queries: two plain batched products, which XLA:CPU
     # does not transpose inside its fusions.
-    q = q.reshape(batch, length, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, n_kv_heads, group * length, head_dim)
+    q = reshape_rows(q, batch, length, n_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    q = reshape_rows(q, batch, n_kv_heads, group * length, head_dim)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bksd,bktd->bkst", q, k, preferred_element_type=jnp.float32) * scale
-    scores = scores.reshape(batch, n_kv_heads, group, length, -1)
+    scores = reshape_rows(scores, batch, n_kv_heads, group, length, -1)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask, scores, _HIDDEN)
@@ -102,10 +103,10 @@ def _attend(
     share = (top > _HIDDEN / 2) / jnp.sum(p, axis=-1, keepdims=True)
     out = jnp.einsum(
         "bkst,bktd->bksd",
-        p.reshape(batch, n_kv_heads, group * length, -1).astype(v.dtype),
+        reshape_rows(p, batch, n_kv_heads, group * length, -1).astype(v.dtype),
         v,
         preferred_element_type=jnp.float32,
     )
-    out = out.reshape(batch, n_kv_heads, group, length, head_dim) * share
-    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length, n_heads, head_dim)
+    out = reshape_rows(out, batch, n_kv_heads, group, length, head_dim) * share
+    out = reshape_rows(out.transpose(0, 3, 1, 2, 4), batch, length, n_heads, head_dim)
     return out.astype(q.dtype)

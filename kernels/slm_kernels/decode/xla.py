@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from slm_kernels.dispatch import reshape_rows
+
 # Finite, so that a row that sees nothing stays free of NaN.
 _HIDDEN = -1e30
 
@@ -26,7 +28,7 @@ def decode_attention_xla(
     del start, end, fixed, holes
     batch, n_heads, head_dim = q.shape
     f32 = jnp.float32
-    rows = q.reshape(batch, k.shape[2], -1, head_dim)
+    rows = reshape_rows(q, batch, k.shape[2], -1, head_dim)
     mask = seen[:, None, None]
     scores = jnp.einsum("bkgd,bskd->bkgs", rows, k.astype(q.dtype), preferred_element_type=f32)
     if k_scale is not None:
@@ -45,4 +47,4 @@ def decode_attention_xla(
     )
     out = out / jnp.where(total == 0, 1.0, total)[..., None]
     lse = jnp.where(total == 0, -jnp.inf, top[..., 0] + jnp.log(total))
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, n_heads)
+    return reshape_rows(out, *q.shape).astype(q.dtype), reshape_rows(lse, batch, n_heads)
