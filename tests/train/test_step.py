@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from slm_jax.models.lm import LMConfig
+from slm_jax.models.presets import dense
 from slm_jax.nn.block import LayerConfig
 from slm_jax.nn.module import Buffer, named_leaves, parameter
 from slm_jax.parallel import make_mesh, use_rules
 from slm_jax.train import step
+from slm_jax.train.experiment import Experiment, step_inputs
 from slm_jax.train.optimizer import OptimizerConfig
 from slm_jax.train.step import StepConfig, TrainState, init_state, train_step
 from slm_jax.train.task import Loss
@@ -220,3 +222,13 @@ def test_the_compiler_options_for_cpus_give_right_products(shape: tuple[int, int
     for name, value in compiled(*args).items():
         error = np.abs(value - want[name]).max() / np.abs(want[name]).max()
         assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_a_batch_of_one_row_is_a_batch(n_kv_heads: int) -> None:
+    """A reshape on an explicit mesh forgets how an axis of size one is split."""
+    model = dense(32, 1, 4, n_kv_heads, d_ff=64, vocab_size=64)
+    run = Experiment(model=model, batch_size=1, seq_len=32)
+    config, batch = step_inputs(run)
+    lowered = step.lower_step(config, make_mesh(run.mesh, jax.devices()[:1]), batch)
+    assert lowered.state.model.embed.w.get_value().shape == (64, 32)
