@@ -172,6 +172,7 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         study.Efficiency(on=("tpu-v5e-4",))
 
 
+@pytest.mark.slow
 def test_a_decode_step_is_compiled_for_tpus() -> None:
     try:
         find_libtpu()

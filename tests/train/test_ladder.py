@@ -190,6 +190,7 @@ def read_csv(ladder: Ladder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_ladder_is_measured_where_it_was_planned(
     tiny_ladder: Ladder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
